@@ -1,0 +1,77 @@
+"""The frozen result of deriving: what the forward computes and saves, and what the backward computes from it."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+
+from .geometry import Access, Axis, Size
+from .program import Program
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor that a pass reads or writes: its shape (ints or expressions over size symbols) and storage dtype.
+
+    ``order``: its dimensions from the outermost in memory to the innermost; results are allocated that way.
+    """
+
+    shape: tuple[Size, ...]
+    dtype: str
+    order: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A program with its geometry: one access for each program input (None for index and size inputs) and each output.
+
+    ``axes`` are the row axes, outermost first; ``lane`` is the axis that reductions run over.
+    ``reads`` and ``writes`` are the tensors that accesses number.
+    """
+
+    program: Program
+    axes: tuple[Axis, ...]
+    lane: Axis
+    loads: tuple[Access | None, ...]
+    stores: tuple[Access, ...]
+    reads: tuple[Operand, ...]
+    writes: tuple[Operand, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.loads) != len(self.program.inputs) or len(self.stores) != len(self.program.outputs):
+            raise ValueError("one access is needed for each program input and output")
+
+    @cached_property
+    def text(self) -> str:
+        """Canonical text: equal text, equal kernel."""
+        head = f"axes {', '.join(f'{a.name}:{a.size}' for a in self.axes)}; lane {self.lane.name}:{self.lane.size}"
+        loads = "; ".join(f"{i.name}={a}" for i, a in zip(self.program.inputs, self.loads))
+        stores = "; ".join(f"{o.name}={a}" for o, a in zip(self.program.outputs, self.stores))
+        tensors = "; ".join(f"{t.shape} {t.dtype} {t.order}" for t in self.reads + self.writes)
+        return "\n".join((head, self.program.text(), loads, stores, tensors))
+
+    @cached_property
+    def key(self) -> str:
+        return hashlib.sha256(self.text.encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A lifted region with its derived backward.
+
+    ``forward`` writes the region's results, then the values it saves. ``backward`` reads, in this order: the operands in
+    ``saved_operands`` (numbers of the forward's reads), the saved values, the gradients of the results; it writes the
+    gradients of the operands in ``wrt``. ``backward`` is None where no operand is differentiable.
+    """
+
+    forward: Pass
+    backward: Pass | None
+    results: int
+    saved_operands: tuple[int, ...]
+    wrt: tuple[int, ...]
+
+    @cached_property
+    def key(self) -> str:
+        text = "\n".join((self.forward.text, self.backward.text if self.backward else "", str(self.wrt)))
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
