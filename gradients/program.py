@@ -86,12 +86,16 @@ class Stage:
 
 @dataclass(frozen=True)
 class Output:
-    """A result: the value of stage or input ``value``, stored as ``dtype``; ``over_rows`` sums it over all rows in fp32."""
+    """A result: the value of stage or input ``value``, stored as ``dtype``; ``over_rows`` sums it over all rows in fp32.
+
+    ``kind`` is what the stored tensor varies with, where that is more than its value does (a scalar broadcast over the lanes).
+    """
 
     name: str
     value: str
     dtype: str = "fp32"
     over_rows: bool = False
+    kind: Kind | None = None
 
 
 @dataclass(frozen=True)
@@ -147,6 +151,10 @@ class Program:
     def reductions(self) -> tuple[Stage, ...]:
         return tuple(s for s in self.stages if isinstance(s.value, Reduce))
 
+    def out_kind(self, out: Output) -> Kind:
+        """What the stored result varies with."""
+        return out.kind or self.kinds[out.value]
+
     def needed(self, names: set[str]) -> set[str]:
         """Every input and stage that the values ``names`` depend on, themselves included."""
         names = set(names)
@@ -173,4 +181,4 @@ class Program:
             body = f"{s.value.op}[{sp.sstr(s.value.body, order='lex')}]" if isinstance(s.value, Reduce) else sp.sstr(s.value, order="lex")
             yield f"{s.name} = {body}{' as ' + s.dtype if s.dtype else ''}"
         for o in self.outputs:
-            yield f"out {o.name}: {o.value} {o.dtype}{' over rows' if o.over_rows else ''}"
+            yield f"out {o.name}: {o.value} {o.dtype}{' over rows' if o.over_rows else ''}{f' {o.kind}' if o.kind else ''}"
