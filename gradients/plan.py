@@ -26,8 +26,8 @@ class Operand:
 class Pass:
     """A program with its geometry: one access for each program input (None for index and size inputs) and each output.
 
-    ``axes`` are the row axes, outermost first; ``lane`` is the axis that reductions run over.
-    ``reads`` and ``writes`` are the tensors that accesses number.
+    ``axes`` are the row axes, outermost first; ``lane`` is the axis that reductions run over. Sizes are symbols, found at launch
+    from the shapes of ``reads``; ``sizes`` gives the program's size inputs as expressions over them. ``reads`` and ``writes`` are the tensors that accesses number.
     """
 
     program: Program
@@ -37,6 +37,7 @@ class Pass:
     stores: tuple[Access, ...]
     reads: tuple[Operand, ...]
     writes: tuple[Operand, ...]
+    sizes: tuple[tuple[str, Size], ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.loads) != len(self.program.inputs) or len(self.stores) != len(self.program.outputs):
@@ -49,6 +50,7 @@ class Pass:
         loads = "; ".join(f"{i.name}={a}" for i, a in zip(self.program.inputs, self.loads))
         stores = "; ".join(f"{o.name}={a}" for o, a in zip(self.program.outputs, self.stores))
         tensors = "; ".join(f"{t.shape} {t.dtype} {t.order}" for t in self.reads + self.writes)
+        head += "".join(f"; {n} = {e}" for n, e in self.sizes)
         return "\n".join((head, self.program.text(), loads, stores, tensors))
 
     @cached_property

@@ -7,7 +7,9 @@ is summed over all rows when it is stored. A rounding point is the identity to t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import reduce
+from operator import or_
 
 import sympy as sp
 
@@ -59,15 +61,11 @@ class _Reverse:
             if stage.name in self.terms and stage.name in self.active:
                 self._visit(stage)
         outputs = tuple(self._gradient(self.program.input[name]) for name in self.wrt)
-        forward = [s for s in self.program.stages]
-        whole = Program((*self.program.inputs, *self.cotangents), (*forward, *self.stages), outputs)
+        whole = Program((*self.program.inputs, *self.cotangents), (*self.program.stages, *self.stages), outputs)
         return inlined(whole.pruned())
 
     def _kind(self, expr: sp.Expr) -> Kind:
-        kind = CONST
-        for s in expr.free_symbols:
-            kind = kind | self.kinds[s.name]
-        return kind
+        return _union(self.kinds[s.name] for s in expr.free_symbols)
 
     def _define(self, name: str, value: sp.Expr | Reduce) -> sp.Symbol:
         kind = self._kind(value.body if isinstance(value, Reduce) else value)
@@ -122,14 +120,21 @@ class _Reverse:
         return Output(name, name, source.dtype, over_rows=not source.kind.rows, kind=source.kind if source.kind.rows else None)
 
 
+def _union(kinds: Iterable[Kind]) -> Kind:
+    return reduce(or_, kinds, CONST)
+
+
 def inlined(program: Program) -> Program:
     """The same program with every unrounded scalar equation that is read once, by a value of its own kind, put in its reader's place."""
     uses: dict[str, int] = {}
+    widths = dict(program.kinds)                                          # for a reduction: the kind of its body
     reader: dict[str, str] = {}
     for stage in program.stages:
         for s in stage.expr.free_symbols:
             uses[s.name] = uses.get(s.name, 0) + int(stage.expr.count(s))
             reader[s.name] = stage.name
+        if isinstance(stage.value, Reduce):
+            widths[stage.name] = _union(program.kinds[s.name] for s in stage.expr.free_symbols)
     for out in program.outputs:
         uses[out.value] = uses.get(out.value, 0) + 2
     known: dict[sp.Symbol, sp.Expr] = {}
@@ -140,7 +145,7 @@ def inlined(program: Program) -> Program:
             value = Reduce(value.op, value.body.xreplace(known))
         else:
             value = value.xreplace(known)
-            once = uses.get(stage.name, 0) == 1 and program.kinds[stage.name] == program.kinds[reader[stage.name]]
+            once = uses.get(stage.name, 0) == 1 and program.kinds[stage.name] == widths[reader[stage.name]]
             if stage.dtype is None and (once or value.is_Symbol or value.is_number):
                 known[symbol(stage.name)] = value
                 if not any(o.value == stage.name for o in program.outputs):

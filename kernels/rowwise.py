@@ -1,0 +1,52 @@
+"""The ``rowwise`` family: any row program as a callable, in Triton where the device has it, in plain PyTorch elsewhere."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from slothc.gradients.plan import Pass
+
+from . import triton_source
+from .torch_lowering import TorchLauncher
+from .triton_launch import TritonLauncher, available
+
+
+class Launcher:
+    """``launcher(reads, writes=None) -> results`` for one pass; picks the lowering by the operands' device.
+
+    ``reads``: the pass's operands in order, any strides. Results are new tensors, or ``writes`` filled in (which may be operands: an
+    element is read before it is written). Raises ``kernels.binding.Unbindable`` where shapes do not fit.
+    """
+
+    def __init__(self, p: Pass) -> None:
+        self.p = p
+
+    @functools.cached_property
+    def triton(self) -> TritonLauncher:
+        return TritonLauncher(self.p)
+
+    @functools.cached_property
+    def torch(self) -> TorchLauncher:
+        return TorchLauncher(self.p)
+
+    def __call__(self, reads: Sequence[Tensor], writes: Sequence[Tensor] | None = None) -> list[Tensor]:
+        run = self.triton if available(reads[0].device) else self.torch
+        return run(reads, writes)
+
+
+_launchers: dict[str, Launcher] = {}
+
+
+def launcher(p: Pass) -> Launcher:
+    """The launcher of pass ``p``; equal passes share one."""
+    if p.text not in _launchers:
+        _launchers[p.text] = Launcher(p)
+    return _launchers[p.text]
+
+
+def source(p: Pass) -> str:
+    """The Triton source of pass ``p`` for rows that fit one block and no merged axes."""
+    return triton_source.source(p, tuple((a,) for a in range(len(p.axes))) or ((),), loop=False)

@@ -1,0 +1,137 @@
+"""The same passes as plain PyTorch: what a CPU runs, and the second implementation that the kernels are tested against.
+
+Each input becomes a strided view over [merged row axes..., lane]; the equations are torch operations in fp32 on those views. Work goes
+in slices of the outermost axis small enough for a processor's cache, so that temporaries never reach memory.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slothc.gradients.plan import Pass
+from slothc.gradients.program import Input, Program, Reduce, Stage
+
+from .binding import DTYPE, Binder, Bound, Placement
+from .cache import load
+from .expression import TORCH, render
+
+SLICE = int(os.environ.get("SLOTH_CPU_SLICE", 1 << 16))      # elements of an input in one slice: 256 KiB of fp32
+
+
+def source(program: Program) -> str:
+    """The text of a module with a function ``run(inputs...) -> outputs`` over broadcastable fp32 tensors."""
+    return "\n".join(_lines(program)) + "\n"
+
+
+def _lines(program: Program) -> Iterator[str]:
+    yield "import torch"
+    yield "\n"
+    yield f"def run({', '.join(i.name for i in program.inputs)}):"
+    for stage in program.stages:
+        yield f"    {stage.name} = {_equation(stage)}"
+    yield f"    return {''.join(o.value + ', ' for o in program.outputs)}"
+
+
+def _equation(stage: Stage) -> str:
+    value = stage.value
+    if isinstance(value, Reduce):
+        body = f"torch.as_tensor({render(value.body, TORCH)})"
+        if value.op == "sum":
+            return f"{body}.sum(-1, keepdim=True)"
+        return f"{body}.amax(-1, keepdim=True)" if value.op == "max" else f"torch.logsumexp({body}, -1, keepdim=True)"
+    text = render(value, TORCH)
+    if stage.dtype and stage.dtype != "fp32" and value.free_symbols:
+        return f"{text}.to({DTYPE[stage.dtype]}).float()"
+    return text
+
+
+class TorchLauncher:
+    """Runs pass ``p`` with PyTorch operations; the calls are those of ``TritonLauncher``."""
+
+    def __init__(self, p: Pass) -> None:
+        self.p, self.binder = p, Binder(p)
+        self.records: dict[tuple, Callable[[Sequence[Tensor], Sequence[Tensor]], None]] = {}
+
+    @functools.cached_property
+    def run(self) -> Callable[..., tuple[Any, ...]]:
+        return load(f"rowwise_torch_{self.p.key}", source(self.p.program)).run
+
+    def __call__(self, reads: Sequence[Tensor], writes: Sequence[Tensor] | None = None) -> list[Tensor]:
+        results = self.binder.allocate(reads) if writes is None else list(writes)
+        key = tuple((t.shape, t.stride()) for t in (*reads, *results))
+        record = self.records.get(key)
+        if record is None:
+            record = self.records[key] = self._prepare(reads, results)
+            if len(self.records) > 512:
+                self.records.pop(next(iter(self.records)))
+        with torch.no_grad():
+            record(reads, results)
+        return results
+
+    def _prepare(self, reads: Sequence[Tensor], writes: Sequence[Tensor]) -> Callable[[Sequence[Tensor], Sequence[Tensor]], None]:
+        bound, program = self.binder.bind(reads, writes), self.p.program
+        if bound.rows == 0 or bound.lanes == 0:
+            return lambda reads, writes: [w.zero_() for w in writes] and None
+        axis = max(range(len(bound.shape)), key=lambda a: bound.shape[a])
+        step = max(1, bound.shape[axis] * SLICE // (bound.rows * bound.lanes))
+        sums = [k for k, o in enumerate(program.outputs) if o.over_rows]
+        index = torch.arange(bound.lanes, dtype=torch.float32, device=reads[0].device).view(*(1 for _ in bound.shape), -1)
+
+        def launch(reads: Sequence[Tensor], writes: Sequence[Tensor]) -> None:
+            inputs = [_input(i, place, reads, bound, index) for i, place in zip(program.inputs, bound.loads)]
+            outputs = [None if k in sums else _view(writes[place.tensor], place, bound, program.out_kind(o))
+                       for k, (o, place) in enumerate(zip(program.outputs, bound.stores))]  # fmt: skip
+            totals: dict[int, Tensor] = {}
+            for start in range(0, bound.shape[axis], step):
+                length = min(step, bound.shape[axis] - start)
+                values = self.run(*(_slice(x, axis, start, length) for x in inputs))
+                for k, (value, target) in enumerate(zip(values, outputs)):
+                    if target is None:
+                        part = _sum_rows(value, program.kinds[program.outputs[k].value].rows, bound, axis, length)
+                        totals[k] = totals[k] + part if k in totals else part
+                    else:
+                        place = target.narrow(axis, start, length) if target.shape[axis] > 1 else target
+                        place.copy_(value) if isinstance(value, Tensor) else place.fill_(value)
+            for k, total in totals.items():
+                place = bound.stores[k]
+                target = writes[place.tensor]
+                target.as_strided(total.shape, (place.lane,), target.storage_offset() + place.offset).copy_(total)
+
+        return launch
+
+
+def _view(t: Tensor, place: Placement, bound: Bound, kind: Any) -> Tensor:
+    """The tensor as [row axes..., lane], with size 1 where the access does not vary."""
+    strides = (*place.rows, place.lane)
+    varies = [*(kind.rows and s != 0 for s in place.rows), kind.lanes and place.lane != 0]
+    sizes = [n if v else 1 for n, v in zip((*bound.shape, bound.lanes), varies)]
+    return t.as_strided(sizes, strides, t.storage_offset() + place.offset)
+
+
+def _input(i: Input, place: Placement | None, reads: Sequence[Tensor], bound: Bound, index: Tensor) -> Tensor | float:
+    if i.role == "size":
+        return float(bound.sizes[i.name])
+    if place is None:
+        return index
+    return _view(reads[place.tensor], place, bound, i.kind)
+
+
+def _slice(x: Tensor | float, axis: int, start: int, length: int) -> Tensor | float:
+    if not isinstance(x, Tensor):
+        return x
+    part = x.narrow(axis, start, length) if x.shape[axis] > 1 else x
+    return part if part.dtype == torch.float32 else part.float()
+
+
+def _sum_rows(value: Any, rows: bool, bound: Bound, axis: int, length: int) -> Tensor:
+    """The sum over this slice's rows; a value without rows counts once for each."""
+    shape = [length if a == axis else n for a, n in enumerate(bound.shape)]
+    value = torch.as_tensor(value, dtype=torch.float32)
+    value = value.expand(*shape, value.shape[-1] if value.dim() else 1)
+    return value.reshape(-1, value.shape[-1]).sum(0)

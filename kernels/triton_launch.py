@@ -1,0 +1,136 @@
+"""Launching the Triton kernels of a pass."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slothc.gradients.plan import Pass
+
+from .binding import Binder, Bound
+from .cache import load
+from .triton_source import Groups, arguments, source
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+ROW_LIMIT = 16384            # lanes of a row that one block holds: 16 warps x 32 threads x 32 fp32 registers
+PROGRAMS_PER_PROCESSOR = 2   # persistent programs per multiprocessor for gradients summed over rows
+
+
+@functools.cache
+def available(device: torch.device) -> bool:
+    """Whether Triton can run on ``device``: an accelerator it has a driver for, or any CPU under ``TRITON_INTERPRET=1``."""
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return False
+    return INTERPRET if device.type == "cpu" else device.type in ("cuda", "xpu")
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of the device; 2 under the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The launch of one kernel: blocks, warps, grid, and how many rows of partial sums it writes (0: none)."""
+
+    loop: bool
+    block_r: int
+    block_l: int
+    warps: int
+    grid: tuple[int, int]
+    partials: int
+
+
+def choose(p: Pass, bound: Bound, device: torch.device) -> Shape:
+    """Block shapes from sizes alone: about 4,096 elements in flight for a program, whole rows where reductions need them."""
+    sums = any(o.over_rows for o in p.program.outputs)
+    reduces = bool(p.program.reductions)
+    rows, lanes = max(bound.rows, 1), max(bound.lanes, 1)
+    loop = reduces and lanes > ROW_LIMIT
+    if loop:
+        block_r, block_l = 1, 4096 if not INTERPRET else 1024
+    elif reduces:
+        block_l = _power(lanes)
+        block_r = max(1, min(2048 // block_l, _power(rows)))
+    else:
+        block_l = min(_power(lanes), 1024)
+        block_r = max(1, min(2048 // block_l, _power(rows)))
+    warps = max(1, min(16 if block_l > 8192 else 8, block_r * block_l // 256))
+    blocks = -(-rows // block_r)
+    across = 1 if loop or reduces else -(-lanes // block_l)
+    programs = blocks
+    if sums:
+        programs = min(blocks, max(1, processors(device) * PROGRAMS_PER_PROCESSOR // min(across, 4)))
+    elif loop:
+        programs = blocks
+    return Shape(loop, block_r, block_l, warps, (programs, across), programs if sums else 0)
+
+
+def _power(n: int) -> int:
+    return 1 << max(0, (n - 1).bit_length())
+
+
+class TritonLauncher:
+    """Runs pass ``p`` on operands: ``launcher(reads)`` allocates the results, ``launcher(reads, writes)`` fills the given ones."""
+
+    def __init__(self, p: Pass) -> None:
+        self.p, self.binder = p, Binder(p)
+        self.kernels: dict[tuple[Groups, bool], Any] = {}
+        self.records: dict[tuple, Callable[[Sequence[Tensor], Sequence[Tensor]], None]] = {}
+
+    def __call__(self, reads: Sequence[Tensor], writes: Sequence[Tensor] | None = None) -> list[Tensor]:
+        results = self.binder.allocate(reads) if writes is None else list(writes)
+        key = (tuple((t.shape, t.stride()) for t in (*reads, *results)), reads[0].device)
+        record = self.records.get(key)
+        if record is None:
+            record = self.records[key] = self._prepare(reads, results)
+            if len(self.records) > 512:
+                self.records.pop(next(iter(self.records)))
+        record(reads, results)
+        return results
+
+    def _kernel(self, groups: Groups, loop: bool) -> Any:
+        if (groups, loop) not in self.kernels:
+            self.kernels[groups, loop] = load(f"rowwise_{self.p.key}", source(self.p, groups, loop)).kernel
+        return self.kernels[groups, loop]
+
+    def _prepare(self, reads: Sequence[Tensor], writes: Sequence[Tensor]) -> Callable[[Sequence[Tensor], Sequence[Tensor]], None]:
+        p, device = self.p, reads[0].device
+        bound = self.binder.bind(reads, writes)
+        outputs = p.program.outputs
+        if bound.rows == 0 or bound.lanes == 0:
+            return lambda reads, writes: [w.zero_() for w in writes] and None
+        shape = choose(p, bound, device)
+        kernel = self._kernel(bound.groups, shape.loop)
+        places = (*bound.loads, *bound.stores)
+        integers = [_number(places[n], what) for _, n, what in arguments(p, bound.groups)]
+        integers += [*bound.shape, *(bound.sizes[i.name] for i in p.program.inputs if i.role == "size"), bound.rows, bound.lanes]
+        ins = sorted({a.tensor for a in p.loads if a})
+        outs = sorted({a.tensor for o, a in zip(outputs, p.stores) if not o.over_rows})
+        sums = [(o, place) for o, place in zip(outputs, bound.stores) if o.over_rows]
+        widths = [bound.lanes if p.program.kinds[o.value].lanes else 1 for o, _ in sums]
+        constants = dict(BLOCK_R=shape.block_r, BLOCK_L=shape.block_l, WIDE=bound.wide, num_warps=shape.warps)
+
+        def launch(reads: Sequence[Tensor], writes: Sequence[Tensor]) -> None:
+            make = torch.zeros if shape.loop else torch.empty
+            partial = [make((shape.partials, w), dtype=torch.float32, device=device) for w in widths]
+            kernel[shape.grid](*(reads[i] for i in ins), *(writes[i] for i in outs), *partial, *integers, **constants)
+            for (_, place), part in zip(sums, partial):
+                total = part.sum(0)
+                target = writes[place.tensor]
+                target.as_strided(total.shape, (place.lane,), target.storage_offset() + place.offset).copy_(total)
+
+        return launch
+
+
+def _number(place: Any, what: str) -> int:
+    return place.offset if what == "offset" else place.lane if what == "lane" else place.rows[int(what)]

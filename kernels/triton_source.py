@@ -1,0 +1,298 @@
+"""Triton source for any pass.
+
+Two shapes of kernel. ``tile``: a block of rows by a block of lanes, each element read once; a reduction needs the whole row in the
+block. ``loop``: one row at a time, as many passes over it as its reductions are deep, for rows that do not fit a block.
+Column-vector gradients are summed by a persistent grid: each program keeps partial sums and writes one row of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from slothc.gradients.geometry import Access
+from slothc.gradients.plan import Pass
+from slothc.gradients.program import Input, Output, Reduce, Stage
+
+from .expression import TRITON, render
+
+ELEMENT = {"fp32": "tl.float32", "bf16": "tl.bfloat16", "fp16": "tl.float16", "fp64": "tl.float64", "i64": "tl.int64", "i32": "tl.int32",
+           "i16": "tl.int16", "i8": "tl.int8", "u8": "tl.uint8", "bool": "tl.int1"}  # fmt: skip
+
+HEADER = '''import triton
+import triton.language as tl
+
+
+@triton.jit
+def _tanh(x):
+    small = x * (1.0 + x * x * (-1.0 / 3.0 + x * x * (2.0 / 15.0 + x * x * (-17.0 / 315.0 + x * x * (62.0 / 2835.0)))))
+    e = tl.exp(-2.0 * tl.abs(x))
+    large = (1.0 - e) / (1.0 + e)
+    return tl.where(tl.abs(x) < 0.2, small, tl.where(x < 0.0, -large, large))
+
+
+@triton.jit
+def _log1p(x):
+    u = 1.0 + x
+    return tl.where(u == 1.0, x, tl.log(u) * (x / tl.where(u == 1.0, 1.0, u - 1.0)))
+
+
+@triton.jit
+def _softplus(x):
+    return tl.where(x > 0.0, x, 0.0) + _log1p(tl.exp(-tl.abs(x)))
+
+
+@triton.jit
+def _logsumexp(x, ok):
+    x = tl.where(ok, x, -float('inf'))
+    top = tl.max(x, axis=1)[:, None]
+    base = tl.where(top == -float('inf'), 0.0, top)
+    return base + tl.log(tl.sum(tl.exp(x - base), axis=1)[:, None])
+
+
+'''
+
+Groups = tuple[tuple[int, ...], ...]
+
+
+def source(p: Pass, groups: Groups, loop: bool, name: str = "kernel") -> str:
+    """The text of a module with one kernel ``name`` for pass ``p`` whose row axes are merged into ``groups``."""
+    return HEADER + "\n".join(_Kernel(p, groups).text(name, loop)) + "\n"
+
+
+def arguments(p: Pass, groups: Groups) -> list[tuple[str, int, str]]:
+    """The integer arguments for accesses, in order: (argument, number of the access, what: "offset", "lane" or the group's number)."""
+    found: list[tuple[str, int, str]] = []
+    for number, (label, access) in enumerate(_accesses(p)):
+        if access is None:
+            continue
+        if any(f.const != 0 for f in access.index):
+            found.append((f"o_{label}", number, "offset"))
+        for g, axes in enumerate(groups):
+            if any(p.axes[a].name in access.axes for a in axes):
+                found.append((f"s_{label}_{g}", number, str(g)))
+        if p.lane.name in access.axes:
+            found.append((f"l_{label}", number, "lane"))
+    return found
+
+
+def _accesses(p: Pass) -> list[tuple[str, Access | None]]:
+    """Every access with the label its arguments carry: inputs by name, then outputs; sums over rows have none of their own."""
+    outs = [(o.name if o.name not in p.program.input else f"out_{o.name}", None if o.over_rows else a) for o, a in zip(p.program.outputs, p.stores)]
+    return [(i.name, a) for i, a in zip(p.program.inputs, p.loads)] + outs
+
+
+class _Kernel:
+    def __init__(self, p: Pass, groups: Groups) -> None:
+        self.p, self.program, self.groups = p, p.program, groups
+        self.arguments = arguments(p, groups)
+        self.names = {a for a, *_ in self.arguments}
+        self.sums = [o for o in self.program.outputs if o.over_rows]
+        self.direct = [(o, a) for o, a in zip(self.program.outputs, p.stores) if not o.over_rows]
+        self.kinds = self.program.kinds
+
+    def text(self, name: str, loop: bool) -> Iterator[str]:
+        pointers = [f"in{t}" for t in sorted({a.tensor for a in self.p.loads if a})]
+        pointers += [f"out{t}" for t in sorted({a.tensor for _, a in self.direct})] + [f"sum_{o.name}" for o in self.sums]
+        integers = [a for a, *_ in self.arguments] + [f"n{g}" for g in range(len(self.groups))]
+        sizes = [i.name for i in self.program.inputs if i.role == "size"]
+        yield "@triton.jit"
+        yield f"def {name}({', '.join([*pointers, *integers, *sizes, 'ROWS', 'LANES'])},"
+        yield f"{' ' * (5 + len(name))}BLOCK_R: tl.constexpr, BLOCK_L: tl.constexpr, WIDE: tl.constexpr):"
+        yield from ("    " + line for line in (self._loop() if loop else self._tile()))
+
+    # addresses
+
+    def _rows(self) -> Iterator[str]:
+        yield "row = block * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]"
+        yield "row_ok = row < ROWS"
+        yield "if WIDE:"
+        yield "    row = row.to(tl.int64)"
+        rest = "row"
+        for g in reversed(range(len(self.groups))):
+            if g:
+                yield f"a{g} = {rest} % n{g}"
+                yield f"q{g} = {rest} // n{g}"
+                rest = f"q{g}"
+            else:
+                yield f"a0 = {rest}"
+
+    def _lanes(self, start: str) -> Iterator[str]:
+        yield f"lane = {start} + tl.arange(0, BLOCK_L)[None, :]"
+        yield "lane_ok = lane < LANES"
+        yield "if WIDE:"
+        yield "    lane = lane.to(tl.int64)"
+
+    def _address(self, base: str, label: str) -> str:
+        terms = [f"o_{label}"] if f"o_{label}" in self.names else []
+        terms += [f"a{g} * s_{label}_{g}" for g in range(len(self.groups)) if f"s_{label}_{g}" in self.names]
+        terms += [f"lane * l_{label}"] if f"l_{label}" in self.names else []
+        return " + ".join([base, *terms])
+
+    def _load(self, i: Input) -> str:
+        access = self.p.loads[self.program.inputs.index(i)]
+        assert access is not None
+        masks = [m for m, on in (("row_ok", i.kind.rows), ("lane_ok", i.kind.lanes)) if on]
+        guard = f", mask={' & '.join(masks)}, other=0" if masks else ""
+        return f"{i.name} = tl.load({self._address(f'in{access.tensor}', i.name)}{guard}).to(tl.float32)"
+
+    def _inputs(self, names: set[str], rows: bool, lanes: bool | None = None) -> Iterator[str]:
+        for i in self.program.inputs:
+            if i.name in names and i.kind.rows == rows and (lanes is None or i.kind.lanes == lanes):
+                if i.role == "data":
+                    yield self._load(i)
+                elif i.role == "index":
+                    yield f"{i.name} = lane.to(tl.float32)"
+
+    def _store(self, out: Output, access: Access) -> str:
+        label = out.name if out.name not in self.program.input else f"out_{out.name}"
+        kind = self.program.out_kind(out)
+        masks = [m for m, on in (("row_ok", kind.rows), ("lane_ok", kind.lanes)) if on]
+        mask = f", mask={' & '.join(masks)}" if masks else ""
+        return f"tl.store({self._address(f'out{access.tensor}', label)}, {out.value}{mask})"
+
+    # equations
+
+    def _equation(self, stage: Stage) -> str:
+        if isinstance(stage.value, Reduce):
+            return f"{stage.name} = {self._reduction(stage.value)}"
+        text = render(stage.value, TRITON)
+        if stage.dtype and stage.dtype != "fp32" and stage.value.free_symbols:
+            text = f"{text}.to({ELEMENT[stage.dtype]}).to(tl.float32)"
+        return f"{stage.name} = {text}"
+
+    def _reduction(self, value: Reduce) -> str:
+        body = render(value.body, TRITON)
+        if value.op == "sum":
+            return f"tl.sum(tl.where(lane_ok, {body}, 0.0), axis=1)[:, None]"
+        top = f"tl.max(tl.where(lane_ok, {body}, -float('inf')), axis=1)[:, None]"
+        if value.op == "max":
+            return top
+        return f"_logsumexp({body}, lane_ok)"
+
+    # kernels
+
+    def _tile(self) -> Iterator[str]:
+        stages = self.program.stages
+        needed = set(self.kinds)
+        yield from self._lanes("tl.program_id(1) * BLOCK_L")
+        yield from self._inputs(needed, rows=False)
+        for out in self.sums:
+            yield f"acc_{out.name} = tl.zeros({self._sum_shape(out)}, tl.float32)"
+        if self.sums:
+            yield "for block in range(tl.program_id(0), tl.cdiv(ROWS, BLOCK_R), tl.num_programs(0)):"
+        else:
+            yield "block = tl.program_id(0)"
+        pad = "    " if self.sums else ""
+        for line in (*self._rows(), *self._inputs(needed, rows=True), *(self._equation(s) for s in stages)):
+            yield pad + line
+        for out in self.sums:
+            yield f"{pad}acc_{out.name} += tl.sum(tl.where({self._sum_mask(out)}, {out.value}, 0.0), axis=0)[None, :]"
+        for out, access in self.direct:
+            yield pad + self._store(out, access)
+        for out in self.sums:
+            yield self._store_sum(out, f"acc_{out.name}")
+
+    def _sum_shape(self, out: Output) -> str:
+        return "(1, BLOCK_L)" if self.kinds[out.value].lanes else "(1, 1)"
+
+    def _sum_mask(self, out: Output) -> str:
+        return "row_ok & lane_ok" if self.kinds[out.value].lanes else "row_ok"
+
+    def _store_sum(self, out: Output, value: str) -> str:
+        if self.kinds[out.value].lanes:
+            return f"tl.store(sum_{out.name} + tl.program_id(0) * LANES + lane, {value}, mask=lane_ok)"
+        return f"tl.store(sum_{out.name} + tl.program_id(0) + tl.zeros((1, 1), tl.int32), {value})"
+
+    def _loop(self) -> Iterator[str]:
+        """One row per step; pass d over its lanes finds the reductions of depth d, a last pass the results."""
+        constants = {i.name for i in self.program.inputs if not i.kind.lanes}
+        for out in self.sums:
+            if not self.kinds[out.value].lanes:
+                yield f"acc_{out.name} = tl.zeros((1, 1), tl.float32)"
+        yield from self._inputs(constants, rows=False)
+        yield "for block in range(tl.program_id(0), tl.cdiv(ROWS, BLOCK_R), tl.num_programs(0)):"
+        for line in (*self._rows(), *self._inputs(constants, rows=True), *self._passes()):
+            yield "    " + line
+        for out in self.sums:
+            if not self.kinds[out.value].lanes:
+                yield self._store_sum(out, f"acc_{out.name}")
+
+    def _passes(self) -> Iterator[str]:
+        depth = self.program.depth
+        last = max(depth.values(), default=0)
+        for level in range(last + 1):
+            for stage in self.program.stages:                             # per-row scalars known by now
+                if not isinstance(stage.value, Reduce) and not self.kinds[stage.name].lanes and depth[stage.name] == level:
+                    yield self._equation(stage)
+            if level < last:
+                yield from self._reduce_pass([s for s in self.program.reductions if depth[s.name] == level + 1])
+        yield from self._final_pass()
+
+    def _lane_loop(self, targets: set[str]) -> Iterator[str]:
+        """The head of a loop over the lanes that makes the lane-wise values ``targets`` known."""
+        needed = self.program.needed(targets)
+        yield "for start in range(0, LANES, BLOCK_L):"
+        for line in self._lanes("start"):
+            yield "    " + line
+        for rows in (False, True):
+            for line in self._inputs(needed, rows=rows, lanes=True):
+                yield "    " + line
+        for stage in self.program.stages:
+            if stage.name in needed and self.kinds[stage.name].lanes:
+                yield "    " + self._equation(stage)
+
+    def _reduce_pass(self, stages: list[Stage]) -> Iterator[str]:
+        for s in stages:
+            assert isinstance(s.value, Reduce)
+            if s.value.op != "sum":
+                yield f"top_{s.name} = tl.full((BLOCK_R, BLOCK_L), -float('inf'), tl.float32)"
+            if s.value.op != "max":
+                yield f"sum_of_{s.name} = tl.zeros((BLOCK_R, BLOCK_L), tl.float32)"
+        symbols = {x.name for s in stages for x in s.expr.free_symbols}
+        yield from self._lane_loop({x for x in symbols if self.kinds[x].lanes})
+        for s in stages:
+            assert isinstance(s.value, Reduce)
+            for line in self._accumulate(s.name, s.value):
+                yield "    " + line
+        for s in stages:
+            assert isinstance(s.value, Reduce)
+            if s.value.op == "sum":
+                yield f"{s.name} = tl.sum(sum_of_{s.name}, axis=1)[:, None]"
+                continue
+            yield f"{s.name} = tl.max(top_{s.name}, axis=1)[:, None]"
+            if s.value.op == "logsumexp":                                 # lse = M + log(sum_j s_j e^(m_j - M))
+                shift = f"tl.where({s.name} == -float('inf'), 0.0, {s.name})"
+                yield f"{s.name} = {shift} + tl.log(tl.sum(sum_of_{s.name} * tl.exp(top_{s.name} - {shift}), axis=1)[:, None])"
+
+    def _accumulate(self, name: str, value: Reduce) -> Iterator[str]:
+        body = render(value.body, TRITON)
+        if value.op == "sum":
+            yield f"sum_of_{name} += tl.where(lane_ok, {body}, 0.0)"
+            return
+        yield f"next_{name} = tl.where(lane_ok, {body}, -float('inf'))"
+        if value.op == "max":
+            yield f"top_{name} = tl.maximum(top_{name}, next_{name}, propagate_nan=tl.PropagateNan.ALL)"
+            return
+        yield f"new_{name} = tl.maximum(top_{name}, next_{name}, propagate_nan=tl.PropagateNan.ALL)"
+        yield f"base_{name} = tl.where(new_{name} == -float('inf'), 0.0, new_{name})"
+        yield f"sum_of_{name} = sum_of_{name} * tl.exp(top_{name} - base_{name}) + tl.exp(next_{name} - base_{name})"
+        yield f"top_{name} = new_{name}"
+
+    def _final_pass(self) -> Iterator[str]:
+        wide = [(o, a) for o, a in self.direct if self.program.out_kind(o).lanes]
+        sums = [o for o in self.sums if self.kinds[o.value].lanes]
+        if wide or sums:
+            yield from self._lane_loop({o.value for o, _ in wide} | {o.value for o in sums})
+            for out, access in wide:
+                yield "    " + self._store(out, access)
+            for out in sums:                                              # this program's own row of partial sums
+                at = f"sum_{out.name} + tl.program_id(0) * LANES + lane"
+                yield f"    mine = {at}"
+                yield f"    part = tl.sum(tl.where(row_ok & lane_ok, {out.value}, 0.0), axis=0)[None, :]"
+                yield "    tl.store(mine, tl.load(mine, mask=lane_ok, other=0.0) + part, mask=lane_ok)"
+        for out in self.sums:
+            if not self.kinds[out.value].lanes:
+                yield f"acc_{out.name} += tl.sum(tl.where(row_ok, {out.value}, 0.0), axis=0)[None, :]"
+        for out, access in self.direct:
+            if not self.program.out_kind(out).lanes:
+                yield self._store(out, access)
