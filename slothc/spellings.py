@@ -1,0 +1,99 @@
+"""The canonical meaning of every torch spelling: the one place that knows how torch functions and methods are called."""
+
+from __future__ import annotations
+
+import operator
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+from torch._ops import OpOverload, OpOverloadPacket
+
+from slothc.patterns.meaning import Op
+
+from .spellings_call import Call, Decline, Row, example
+from .spellings_effects import written
+from .spellings_matrix import MATRIX
+from .spellings_pointwise import POINTWISE
+from .spellings_views import VIEWS
+
+TABLE: dict[str, Row] = {**POINTWISE, **VIEWS, **MATRIX}
+
+_NAMESPACES: tuple[tuple[ModuleType | Any, str], ...] = (
+    (torch, ""), (operator, ""), (torch._C._nn, ""), (F, "F."), (torch.special, "special."), (torch.linalg, "linalg."), (torch.Tensor, ""),
+)  # fmt: skip
+
+
+def _names() -> dict[Any, str]:
+    """Function object -> its row's name. A function of F that torch also has keeps torch's name unless F's own differs."""
+    found: dict[Any, str] = {getattr: "getattr", max: "max", min: "min", abs: "abs"}
+    for module, prefix in _NAMESPACES:
+        for name in dir(module):
+            function = getattr(module, name, None)
+            own = prefix + name if prefix + name in TABLE else name
+            if callable(function) and own in TABLE and function.__hash__ is not None:
+                found.setdefault(function, own)
+    found[torch.Tensor.where] = ".where"
+    return found
+
+
+_NAMES = _names()
+
+
+def target_name(node: fx.Node) -> str:
+    """A readable name of what the node calls: ``mul``, ``F.dropout``, ``aten.sort``, ``setitem``."""
+    target = node.target
+    if isinstance(target, str):
+        return target
+    if isinstance(target, OpOverload):
+        target = target.overloadpacket
+    if isinstance(target, OpOverloadPacket):
+        return str(target._qualified_op_name).replace("::", ".").removeprefix("aten.")
+    return _NAMES.get(target) or getattr(target, "__name__", None) or str(target)
+
+
+def _row(node: fx.Node, name: str) -> Row | None:
+    if node.op == "call_method":
+        return TABLE.get("." + name) or TABLE.get(name)
+    if isinstance(node.target, OpOverload | OpOverloadPacket):
+        return TABLE.get(name)
+    return TABLE.get(name) if node.target in _NAMES else None
+
+
+def meaning(node: fx.Node) -> Op:
+    """What ``node`` computes; never raises. Unknown calls are ``opaque`` with a readable ``fn`` and, where known, the ``reason``.
+
+    Calls that write to an argument are ``opaque`` with ``mutates``, ``target_arg`` (the first such node) and ``targets`` (all of them).
+    """
+    if node.op in ("placeholder", "get_attr"):
+        return Op("input")
+    name = target_name(node)
+    if node.op not in ("call_function", "call_method"):
+        return Op("opaque", _operands(node), {"fn": node.op})
+    targets = written(node, name)
+    if targets:
+        return Op("opaque", _operands(node), {"fn": name, "mutates": True, "target_arg": targets[0], "targets": targets})
+    value = example(node)
+    if value is not None and not isinstance(value, torch.Tensor | tuple | list):
+        return Op("opaque", _operands(node), {"fn": name, "scalar": True})
+    row = _row(node, name)
+    if row is None:
+        return Op("opaque", _operands(node), {"fn": name})
+    return _meaning(node, name, row)
+
+
+def _meaning(node: fx.Node, name: str, row: Row) -> Op:
+    try:
+        bound = row.signature.bind(node.args, {key: item for key, item in node.kwargs.items() if key != "out"})
+        if bound.get("inplace"):
+            target = bound["x"]
+            return Op("opaque", _operands(node), {"fn": name, "mutates": True, "target_arg": target, "targets": (target,)})
+        return row.make(Call(node, name, bound))
+    except Decline as reason:
+        return Op("opaque", _operands(node), {"fn": name, "reason": str(reason)})
+
+
+def _operands(node: fx.Node) -> tuple[fx.Node, ...]:
+    return tuple(node.all_input_nodes)

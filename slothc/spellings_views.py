@@ -1,0 +1,250 @@
+"""Spellings of views, joins and splits: what moves values without changing them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from slothc.patterns.meaning import Op
+
+from .spellings_call import Call, Decline, Row, example, node_of, same_shape
+
+
+def _identity_or(call: Call, op: Op) -> Op:
+    """Identity where nothing moves."""
+    x = call.value(op.args[0])
+    return Op("identity", op.args) if same_shape(x, call.out) and x.dtype == call.out.dtype else op
+
+
+def _reshape(call: Call) -> Op:
+    x = node_of(call["x"])
+    if call.value(x).dtype != call.out.dtype:
+        raise Decline("a view of the bits as another dtype")
+    return _identity_or(call, Op("reshape", (x,)))
+
+
+def _permuted(x: Any, dims: tuple[int, ...]) -> Op:
+    if dims == tuple(range(len(dims))):
+        return Op("identity", (x,))
+    return Op("permute", (x,), {"dims": dims})
+
+
+def _permute(call: Call) -> Op:
+    x = node_of(call["x"])
+    return _permuted(x, call.dims(call["sizes"], call.value(x).dim()))
+
+
+def _swap(x: fx.Node, rank: int, first: int, second: int) -> Op:
+    dims = list(range(rank))
+    if rank:
+        dims[first], dims[second] = second, first
+    return _permuted(x, tuple(dims))
+
+
+def _transpose(call: Call) -> Op:
+    x = node_of(call["x"])
+    rank = call.value(x).dim()
+    return _swap(x, rank, call.dim(call["dim0"], rank), call.dim(call["dim1"], rank))
+
+
+def _t(call: Call) -> Op:
+    x = node_of(call["x"])
+    rank = call.value(x).dim()
+    return _permuted(x, tuple(reversed(range(rank))))
+
+
+def _matrix_t(call: Call) -> Op:
+    x = node_of(call["x"])
+    rank = call.value(x).dim()
+    return _swap(x, rank, rank - 2, rank - 1)
+
+
+def _movedim(call: Call) -> Op:
+    x = node_of(call["x"])
+    rank = call.value(x).dim()
+    source, target = call.dims(call["source"], rank), call.dims(call["destination"], rank)
+    rest = iter(dim for dim in range(rank) if dim not in source)
+    place = dict(zip(target, source))
+    return _permuted(x, tuple(place[dim] if dim in place else next(rest) for dim in range(rank)))
+
+
+def _expand(call: Call) -> Op:
+    return _identity_or(call, Op("expand", (node_of(call["x"]),)))
+
+
+def attribute(call: Call) -> Op:
+    """``getattr(tensor, name)``."""
+    make = {"T": _t, "mT": _matrix_t, "data": lambda c: Op("detach", (c["x"],)), "real": _complex("real"), "imag": _complex("imag")}
+    if call["name"] not in make or example(call["x"]) is None:
+        raise Decline(f"attribute {call['name']}")
+    return make[call["name"]](call)
+
+
+def getitem(call: Call) -> Op:
+    """``x[items]``: an item of a tuple, a basic index of a tensor; anything else is declined."""
+    x, key = node_of(call["x"]), call["key"]
+    value = example(x)
+    if not isinstance(value, torch.Tensor):
+        if not isinstance(key, int) or not isinstance(call.out, torch.Tensor):
+            raise Decline("item of something that is not a tuple")
+        return Op("item", (x,), {"number": key})
+    items = _items(key if isinstance(key, tuple | list) else (key,), value)
+    return _indexed(call, x, items)
+
+
+def _items(key: Any, value: torch.Tensor) -> tuple[Any, ...]:
+    """One item per input dim (None: a new dim), Ellipsis and missing dims filled in, ints non-negative where the size is known."""
+    given = list(key)
+    if any(isinstance(item, bool) or not (item is None or item is Ellipsis or isinstance(item, int | slice)) for item in given):
+        raise Decline("indexed by tensors or nodes")
+    used = sum(1 for item in given if isinstance(item, int | slice))
+    fill = [slice(None)] * (value.dim() - used)
+    at = next((i for i, item in enumerate(given) if item is Ellipsis), len(given))
+    given[at : at + 1] = fill
+    sizes = iter(value.shape)
+    return tuple(item if item is None else _plain_item(item, next(sizes)) for item in given)
+
+
+def _plain_item(item: int | slice, size: Any) -> int | slice:
+    """With a known size: 0 <= int < size, and slices as explicit non-negative bounds, ``slice(None)`` for the whole dim."""
+    if isinstance(item, int):
+        return item + size if item < 0 and isinstance(size, int) else item
+    if not all(bound is None or isinstance(bound, int) for bound in (item.start, item.stop, item.step)):
+        raise Decline("sliced at a node")
+    if item.start in (None, 0) and item.stop is None and item.step in (None, 1):
+        return slice(None)
+    if not isinstance(size, int):
+        return item
+    start, stop, step = item.indices(size)
+    return slice(None) if (start, stop, step) == (0, size, 1) else slice(start, max(start, stop), step)
+
+
+def _indexed(call: Call, x: fx.Node, items: tuple[Any, ...]) -> Op:
+    if all(item == slice(None) for item in items):
+        return Op("identity", (x,))
+    return Op("index", (x,), {"items": items})
+
+
+def _narrow(call: Call) -> Op:
+    x, start, length = node_of(call["x"]), call["start"], call["length"]
+    if not isinstance(start, int) or not isinstance(length, int):
+        raise Decline("narrowed at a node")
+    return _along(call, x, slice(start, None if start < 0 and start + length == 0 else start + length))
+
+
+def _select(call: Call) -> Op:
+    if not isinstance(call["index"], int):
+        raise Decline("selected at a node")
+    return _along(call, node_of(call["x"]), call["index"])
+
+
+def _slice(call: Call) -> Op:
+    return _along(call, node_of(call["x"]), slice(call["start"], call["end"], call["step"]))
+
+
+def _along(call: Call, x: fx.Node, item: int | slice) -> Op:
+    value = call.value(x)
+    dim = call.dim(call["dim"], value.dim())
+    return _indexed(call, x, _items([slice(None)] * dim + [item], value))
+
+
+def _cat(call: Call) -> Op:
+    nodes = tuple(node_of(item) for item in call["tensors"])
+    rank = call.out.dim()
+    nodes = tuple(node for node in nodes if call.value(node).dim() == rank)  # torch skips empty 1-D tensors of any rank
+    if any(call.value(node).dtype != call.out.dtype for node in nodes):
+        raise Decline("cat of several dtypes")
+    if len(nodes) == 1:
+        return Op("identity", nodes, {"clone": True})
+    return Op("cat", nodes, {"dim": call.dim(call["dim"], rank)})
+
+
+def _stack(call: Call) -> Op:
+    nodes = tuple(node_of(item) for item in call["tensors"])
+    if any(call.value(node).dtype != call.out.dtype for node in nodes):
+        raise Decline("stack of several dtypes")
+    return Op("stack", nodes, {"dim": call.dim(call["dim"], call.out.dim())})
+
+
+def _split(call: Call) -> Op:
+    x, parts = node_of(call["x"]), example(call.node)
+    if not isinstance(parts, tuple | list) or not all(isinstance(part, torch.Tensor) for part in parts):
+        raise Decline("split into unknown parts")
+    dim = call.dim(call["dim"], call.value(x).dim())
+    return Op("split", (x,), {"dim": dim, "sizes": tuple(part.shape[dim] for part in parts)})
+
+
+def _unbind(call: Call) -> Op:
+    x = node_of(call["x"])
+    return Op("split", (x,), {"fn": "unbind", "dim": call.dim(call["dim"], call.value(x).dim()), "sizes": None})
+
+
+def _repeat_interleave(call: Call) -> Op:
+    x, repeats = node_of(call["x"]), call["repeats"]
+    if not isinstance(repeats, int) or call["dim"] is None:
+        raise Decline("repeats from a node, or flattened")
+    dim = call.dim(call["dim"], call.value(x).dim())
+    return Op("repeat_interleave", (x,), {"dim": dim, "repeats": repeats})
+
+
+def _repeat(call: Call) -> Op:
+    x, repeats = node_of(call["x"]), tuple(call["repeats"])
+    if not all(isinstance(item, int) for item in repeats):
+        raise Decline("repeats from a node")
+    if call.name == "tile":
+        repeats = (1,) * (call.value(x).dim() - len(repeats)) + repeats
+    return _identity_or(call, Op("repeat", (x,), {"repeats": repeats}))
+
+
+def _complex(fn: str) -> Callable[[Call], Op]:
+    return lambda call: Op("complex", (node_of(call["x"]),), {"fn": fn})
+
+
+def _complex_pair(fn: str) -> Callable[[Call], Op]:
+    return lambda call: Op("complex", (node_of(call["x"]), node_of(call["other"])), {"fn": fn})
+
+
+def _rows() -> dict[str, Row]:
+    rows: dict[str, Row] = {}
+
+    def put(names: str, signature: str, make: Callable[[Call], Op], **defaults: Any) -> None:
+        rows.update({name: Row.of(signature, make, **defaults) for name in names.split()})
+
+    put("view reshape _unsafe_view view_as reshape_as", "x *sizes", _reshape, other=None)
+    put("flatten", "x start_dim end_dim", _reshape, start_dim=0, end_dim=-1)
+    put("unflatten", "x dim sizes", _reshape)
+    put("unsqueeze", "x dim", _reshape)
+    put("squeeze", "x *dim", _reshape)
+    put("ravel", "x", _reshape)
+    put("permute", "x *sizes", _permute)
+    put("transpose swapaxes swapdims", "x dim0 dim1", _transpose)
+    put("t", "x", _t)
+    put("movedim moveaxis", "x source destination", _movedim)
+    put("expand broadcast_to", "x *sizes", _expand, implicit=False)
+    put("expand_as", "x other", _expand)
+    put("getattr", "x name", attribute)
+    put("getitem __getitem__", "x key", getitem)
+    put("narrow", "x dim start length", _narrow)
+    put("select", "x dim index", _select)
+    put("slice", "x dim start end step", _slice, dim=0, start=None, end=None, step=1)
+    put("cat concat concatenate", "tensors dim", _cat, dim=0)
+    put("stack", "tensors dim", _stack, dim=0)
+    put("split split_with_sizes", "x split_size dim", _split, dim=0)
+    put("chunk unsafe_chunk", "x chunks dim", _split, dim=0)
+    put("tensor_split", "x parts dim", _split, dim=0)
+    put("unbind", "x dim", _unbind, dim=0)
+    put("repeat_interleave", "x repeats dim", _repeat_interleave, dim=None, output_size=None)
+    put("repeat tile", "x *repeats", _repeat)
+    put("view_as_complex", "x", _complex("view_as_complex"))
+    put("view_as_real", "x", _complex("view_as_real"))
+    put("real", "x", _complex("real"))
+    put("imag", "x", _complex("imag"))
+    put("conj", "x", _complex("conj"))
+    put("polar complex", "x other", lambda call: _complex_pair(call.name)(call), dtype=None)
+    return rows
+
+
+VIEWS = _rows()
