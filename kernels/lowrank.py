@@ -1,0 +1,281 @@
+"""LoRA linear: base and adapter summed in one fp32 accumulator and rounded once, forward and backward.
+
+What is multiplied comes from ``gradients.matrix.lora_plan``: formulas differentiated by sympy, associated by cost, shared products
+made once. This file only runs plans: each step is a ``products.total`` or ``products.product`` of named tensors. The cheapest
+term of a sum (the adapter's) is made first and the base GEMM accumulates onto it, so the adapter's delta is rounded relative to
+itself, never to the base, whose half ulp is larger than most deltas early in training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import sympy as sp
+import torch
+from torch.autograd.function import once_differentiable
+
+from slothc.gradients.matrix import ONES, MatrixPlan, Step, lora_plan
+
+from .products import LOW, Matrix, Ones, product, total
+
+OPERANDS = ("X", "Xa", "W", "b", "A", "B")    # the order of the tensor arguments
+LAYOUTS = ("nk", "kn")
+
+
+@dataclass(frozen=True)
+class _Term:
+    """coefficient(s) * left @ right; a transposed factor is read through ``.t()``. ``coefficient`` None is 1."""
+
+    coefficient: Callable[[float], float] | None
+    left: str
+    left_t: bool
+    right: str
+    right_t: bool
+
+    def read(self, env: Mapping[str, Matrix], scale: float) -> tuple[float, Matrix, Matrix]:
+        left, right = env[self.left], env[self.right]
+        return (
+            1.0 if self.coefficient is None else self.coefficient(scale),
+            left.t() if self.left_t else left,
+            right.t() if self.right_t else right,
+        )
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A plan's step, ready to run. ``long``: it sums over tokens. ``operand``: whose gradient it is, if it is one."""
+
+    name: str
+    terms: tuple[_Term, ...]
+    long: bool
+    operand: str | None
+
+    def __call__(self, env: Mapping[str, Matrix], scale: float, dtype: torch.dtype | None, strict: bool = False) -> torch.Tensor:
+        terms = [t.read(env, scale) for t in self.terms]
+        if len(terms) == 1:
+            alpha, left, right = terms[0]
+            return product(left, right, alpha, dtype, self.long)
+        return total(terms, dtype, strict)
+
+
+@dataclass(frozen=True)
+class _Program:
+    """The forward of one form of the linear, and the backward steps for one set of wanted gradients."""
+
+    forward: tuple[_Run, ...]
+    backward: tuple[_Run, ...]
+    saved: tuple[str, ...]
+    reads: frozenset[str]
+
+
+def _term(plan: MatrixPlan, term: Any) -> _Term:
+    coefficient = None if term.coefficient == 1 else sp.lambdify([sp.Symbol("s", real=True)], term.coefficient, "math")
+    return _Term(coefficient, term.left.name, term.left.transposed, term.right.name, term.right.transposed)
+
+
+def _run(plan: MatrixPlan, step: Step) -> _Run:
+    operand = {made: name for name, made in plan.gradients}.get(step.name)
+    long = any(plan.inner(t) == plan.rows for t in step.terms)
+    return _Run(step.name, tuple(_term(plan, t) for t in step.terms), long, operand)
+
+
+@cache
+def _program(layout: str, bias: bool, shared: bool, wanted: tuple[str, ...]) -> _Program:
+    plan = lora_plan(layout, bias, shared)
+    steps = plan.backward_for(wanted)
+    reads = frozenset(f.name for s in steps for t in s.terms for f in t.factors)
+    saved = tuple(name for name in plan.saved if name in reads)
+    return _Program(tuple(_run(plan, s) for s in plan.forward), tuple(_run(plan, s) for s in steps), saved, reads)
+
+
+@dataclass(frozen=True)
+class _Form:
+    """What a call computes in: ``low`` for the base and the result, ``adapter`` for the two small products."""
+
+    low: torch.dtype
+    adapter: torch.dtype
+    layout: str
+
+    def env(self, x: torch.Tensor, xa: torch.Tensor | None, tensors: Mapping[str, torch.Tensor | None]) -> dict[str, Matrix]:
+        """Operands as matrices in their compute dtypes."""
+        env: dict[str, Matrix] = {"X": _rows(x).to(self.low)}
+        if xa is not None:
+            env["Xa"] = _rows(xa).to(xa.dtype if xa.dtype is self.adapter else self.low)
+        for name, tensor in tensors.items():
+            if tensor is not None:
+                env[name] = tensor.to(self.adapter) if name in "AB" else tensor.to(self.low)
+        env[ONES] = Ones(env["X"].shape[0])
+        if tensors.get("b") is not None:
+            env["b"] = env["b"].unsqueeze(1)
+        return env
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """[..., n] as [rows, n]: a view where strides allow, and with a unit stride so that no GEMM copies it again."""
+    x = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(_count(x), x.shape[-1])
+    return x if 1 in x.stride() else x.contiguous()
+
+
+def _count(x: torch.Tensor) -> int:
+    rows = 1
+    for size in x.shape[:-1]:
+        rows *= size
+    return rows
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
+
+
+def _form(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, out: Any, adapter: Any, layout: str) -> _Form:
+    low = out or weight.dtype
+    if adapter is None:                                   # a base that is cast (autocast) has its adapter cast with it
+        adapter = low if weight.dtype is not low else torch.promote_types(a.dtype, b.dtype)
+    return _Form(low, torch.promote_types(low, adapter) if adapter not in LOW or low not in LOW else low, layout)
+
+
+def _forward(
+    x: torch.Tensor, xa: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor,
+    scale: float, form: _Form, wanted: tuple[str, ...],
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """The result [..., N] and the intermediates that the gradients of ``wanted`` read."""
+    program = _program(form.layout, bias is not None, xa is None, wanted)
+    with _without_autocast(x.device):
+        env = form.env(x, xa, {"W": weight, "b": bias, "A": a, "B": b})
+        for step in program.forward:
+            env[step.name] = step(env, scale, form.low if step.name == "Y" else None, strict=True)
+    y = env["Y"].view(*x.shape[:-1], env["Y"].shape[-1])
+    return y, tuple(env[name] for name in program.saved)
+
+
+class _LoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, xa, weight, bias, a, b, scale, out_dtype, adapter_dtype, layout):
+        ctx.form = _form(weight, a, b, out_dtype, adapter_dtype, layout)
+        ctx.wanted = tuple(name for name, wanted in zip(OPERANDS, ctx.needs_input_grad) if wanted)
+        ctx.key = (layout, bias is not None, xa is None, ctx.wanted)
+        ctx.scale = scale
+        y, kept = _forward(x, xa, weight, bias, a, b, scale, ctx.form, ctx.wanted)
+        reads = _program(*ctx.key).reads
+        ctx.shapes = (x.shape, x.dtype, None if xa is None else xa.dtype, None if bias is None else bias.dtype)
+        ctx.dtypes = {"W": weight.dtype, "A": a.dtype, "B": b.dtype, "b": bias.dtype if bias is not None else None}
+        ctx.save_for_backward(*(t if n in reads else None for n, t in zip(OPERANDS, (x, xa, weight, None, a, b))), *kept)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        program, form = _program(*ctx.key), ctx.form
+        shape, x_dtype, xa_dtype, _ = ctx.shapes
+        x, xa, weight, _, a, b, *kept = ctx.saved_tensors
+        found: dict[str, torch.Tensor] = {}
+        with _without_autocast(grad.device):
+            env = _operands(form, grad, {"X": x, "Xa": xa, "W": weight, "A": a, "B": b})
+            env.update(zip(program.saved, kept))
+            for step in program.backward:
+                found_as = _gradient_dtype(step.operand, form, ctx.dtypes, xa_dtype)
+                env[step.name] = value = step(env, ctx.scale, found_as)
+                if step.operand:
+                    found[step.operand] = value
+        for name, dtype in (("X", x_dtype), ("Xa", xa_dtype)):
+            if name in found:
+                found[name] = found[name].view(shape).to(dtype)
+        if "b" in found:
+            found["b"] = found["b"].squeeze(1)
+        return (*(found.get(name) for name in OPERANDS), None, None, None, None)
+
+
+def _operands(form: _Form, grad: torch.Tensor, saved: Mapping[str, torch.Tensor | None]) -> dict[str, Matrix]:
+    env: dict[str, Matrix] = {"G": _rows(grad)}
+    env[ONES] = Ones(env["G"].shape[0])
+    for name, tensor in saved.items():
+        if tensor is not None:
+            if name in ("X", "Xa"):
+                keep = name == "Xa" and tensor.dtype is form.adapter
+                env[name] = _rows(tensor).to(tensor.dtype if keep else form.low)
+            else:
+                env[name] = tensor.to(form.adapter if name in "AB" else form.low)
+    return env
+
+
+def _gradient_dtype(
+    operand: str | None, form: _Form, dtypes: Mapping[str, torch.dtype | None], xa: torch.dtype | None
+) -> torch.dtype | None:
+    """A weight's gradient is made in the weight's own dtype, x's in the compute dtype; intermediates in their operands' widest."""
+    if operand is None:
+        return None
+    if operand == "X":
+        return form.low
+    return xa if operand == "Xa" else dtypes[operand]
+
+
+def _check(x: torch.Tensor, xa: torch.Tensor | None, weight: torch.Tensor, bias: Any, a: torch.Tensor, b: torch.Tensor, layout: str) -> None:
+    if layout not in LAYOUTS:
+        raise ValueError(f"lora_linear: layout {layout!r} is not one of {', '.join(LAYOUTS)}")
+    if not x.is_floating_point():
+        raise TypeError(f"lora_linear: x is {x.dtype}; a floating-point tensor is needed")
+    n, k = weight.shape if layout == "nk" else weight.shape[::-1]
+    if x.shape[-1] != k or a.shape[1] != k or b.shape[0] != n or a.shape[0] != b.shape[1] or (xa is not None and xa.shape != x.shape):
+        raise ValueError(
+            f"lora_linear: x {tuple(x.shape)}, weight {tuple(weight.shape)} ({layout}), a {tuple(a.shape)}, b {tuple(b.shape)} do not fit: "
+            "x and xa are [..., K], weight [N, K] for nk or [K, N] for kn, a [r, K], b [N, r]"
+        )
+    if bias is not None and bias.shape != (n,):
+        raise ValueError(f"lora_linear: bias {tuple(bias.shape)} is not [{n}]")
+
+
+def _autograd(x, xa, weight, bias, a, b, scale, out_dtype=None, adapter_dtype=None, layout="nk"):
+    _check(x, xa, weight, bias, a, b, layout)
+    return _LoraLinear.apply(x, xa, weight, bias, a, b, scale, out_dtype, adapter_dtype, layout)
+
+
+def _plain(x, xa, weight, bias, a, b, scale, out_dtype=None, adapter_dtype=None, layout="nk"):
+    _check(x, xa, weight, bias, a, b, layout)
+    return _forward(x, xa, weight, bias, a, b, scale, _form(weight, a, b, out_dtype, adapter_dtype, layout), ())[0]
+
+
+def _fake(x, xa, weight, bias, a, b, scale, out_dtype=None, adapter_dtype=None, layout="nk"):
+    _check(x, xa, weight, bias, a, b, layout)
+    return x.new_empty((*x.shape[:-1], b.shape[0]), dtype=out_dtype or weight.dtype)
+
+
+_LIBRARY = torch.library.Library("sloth", "FRAGMENT")
+_LIBRARY.define(
+    "lora_linear(Tensor x, Tensor? xa, Tensor weight, Tensor? bias, Tensor a, Tensor b, float scale, "
+    "ScalarType? out_dtype=None, ScalarType? adapter_dtype=None, str layout='nk') -> Tensor"
+)
+_LIBRARY.impl("lora_linear", _autograd, "Autograd")
+_LIBRARY.impl("lora_linear", _plain, "CompositeExplicitAutograd")
+torch.library.register_fake("sloth::lora_linear", _fake, lib=_LIBRARY)
+
+
+def lora_linear(
+    x: torch.Tensor,
+    xa: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scale: float,
+    out_dtype: torch.dtype | None = None,
+    layout: str = "nk",
+    adapter_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """x W' + bias + scale * (xa A') B', summed in fp32 and rounded once to ``out_dtype``.
+
+    x [..., K]; xa [..., K] what the adapter reads, None for x itself; weight [N, K], or [K, N] for ``layout`` "kn"; bias [N] or None;
+    a [r, K]; b [N, r]. Any strides, zero tokens included. ``out_dtype`` (default: weight's) is what operands are cast to and the
+    result's dtype; ``adapter_dtype`` is what the adapter computes in (default: its own, or ``out_dtype`` where the base is cast).
+    Gradients are once differentiable. Raises ValueError for shapes or a layout that do not fit, TypeError for an integer x.
+    The backward is ``gradients.matrix.lora_plan``'s.
+    """
+    if torch.compiler.is_compiling():
+        return torch.ops.sloth.lora_linear(x, xa, weight, bias, a, b, scale, out_dtype, adapter_dtype, layout)
+    return _autograd(x, xa, weight, bias, a, b, scale, out_dtype, adapter_dtype, layout)
