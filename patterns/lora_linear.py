@@ -1,0 +1,259 @@
+"""LoRA linear: y = x W' + b + s (drop(x) A') B', a base linear with a low-rank adapter beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+from torch.nn import functional as F
+
+from .meaning import View
+from .rule import Match, Miss, Sample, StructuralRule
+
+NAME = "lora_linear"
+MATH = "y = x W' + b + s (xa A') B',  xa = x or dropout(x),  A [r, K], B [N, r], r < min(N, K); summed in fp32, rounded once"
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class _Unlike(Exception):
+    """The graph is not of this form; ``reason`` is None where it does not even look like it."""
+
+    def __init__(self, reason: str | None = None) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+@dataclass
+class _Branch:
+    """linear(linear(source, a), b) * scale, and the nodes from its value back to ``source``."""
+
+    a: fx.Node
+    b: fx.Node
+    down: fx.Node
+    up: fx.Node
+    scale: float
+    source: fx.Node
+    inside: list[fx.Node] = field(default_factory=list)
+
+
+@dataclass
+class _Base:
+    """The base linear behind ``node``; ``x`` is what it reads."""
+
+    linear: fx.Node
+    x: fx.Node
+    weight: fx.Node
+    bias: fx.Node | None
+    layout: str
+    inside: list[fx.Node] = field(default_factory=list)
+
+
+def _widens(view: View, node: fx.Node) -> bool:
+    """A cast that loses nothing."""
+    before, after = view.value(view.op(node).args[0]).dtype, view.value(node).dtype
+    return before in FLOATS and after in FLOATS and torch.promote_types(before, after) is after
+
+
+def _peel(view: View, node: Any, passed: list[fx.Node], reshapes: bool = False) -> Any:
+    """The value behind identities and casts that lose nothing (and, if ``reshapes``, views of the leading dims)."""
+    while isinstance(node, fx.Node):
+        op = view.op(node)
+        kept = op.kind == "identity" or (op.kind == "cast" and _widens(view, node))
+        if not kept and reshapes and op.kind == "reshape":
+            kept = view.value(node).shape[-1:] == view.value(op.args[0]).shape[-1:]
+        if not kept:
+            break
+        passed.append(node)
+        node = op.args[0]
+    return node
+
+
+def _scaled(view: View, node: Any, passed: list[fx.Node]) -> tuple[Any, float]:
+    """node = value * scale: the value behind identities and products with numbers."""
+    scale = 1.0
+    while True:
+        node = _peel(view, node, passed)
+        op = view.op(node) if isinstance(node, fx.Node) else None
+        if op is None or op.kind != "pointwise" or op.params.get("fn") not in ("mul", "div", "neg"):
+            return node, scale
+        numbers = [a for a in op.args if isinstance(a, (int, float)) and not isinstance(a, bool)]
+        nodes = [a for a in op.args if isinstance(a, fx.Node)]
+        fn = op.params["fn"]
+        if len(nodes) != 1 or (fn != "neg" and len(numbers) != 1) or (fn == "div" and op.args[0] is not nodes[0]):
+            return node, scale
+        scale = -scale if fn == "neg" else scale * numbers[0] if fn == "mul" else scale / numbers[0]
+        passed.append(node)
+        node = nodes[0]
+
+
+def _is_linear(view: View, node: Any) -> bool:
+    return isinstance(node, fx.Node) and view.op(node).kind == "linear"
+
+
+def _branch(view: View, node: Any) -> _Branch | None:
+    """The adapter that ends in ``node``; None where it is not two linears in a row."""
+    inside: list[fx.Node] = []
+    up, s1 = _scaled(view, node, inside)
+    if not _is_linear(view, up):
+        return None
+    down, s2 = _scaled(view, view.op(up).args[0], inside)
+    if not _is_linear(view, down):
+        return None
+    source, a, _ = _parts(view, down)
+    _, b, _ = _parts(view, up)
+    return _Branch(a, b, down, up, s1 * s2, source, inside + [up, down])
+
+
+def _parts(view: View, node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None]:
+    args = tuple(view.op(node).args) + (None,)
+    return args[0], args[1], args[2]
+
+
+def _base(view: View, node: Any) -> _Base | None:
+    inside: list[fx.Node] = []
+    linear = _peel(view, node, inside, reshapes=True)
+    if not _is_linear(view, linear):
+        return None
+    x, weight, bias = _parts(view, linear)
+    return _Base(linear, x, weight, bias, view.op(linear).params.get("layout", "nk"), inside + [linear])
+
+
+def _sides(view: View, node: fx.Node) -> tuple[_Base, _Branch]:
+    """The two sides of the sum at ``node``."""
+    op = view.op(node)
+    if op.kind != "pointwise" or op.params.get("fn") != "add" or len(op.args) != 2:
+        raise _Unlike
+    for one, other in (op.args, op.args[::-1]):
+        branch = _branch(view, other)
+        if branch is None:
+            continue
+        base = _base(view, one)
+        if base is not None and _branch(view, one) is None:
+            return base, branch
+        inner: list[fx.Node] = []
+        before = _peel(view, one, inner)
+        if isinstance(before, fx.Node) and isinstance(recognise(view, before), Match):
+            raise _Unlike("a further active adapter on a base that already has one: its own products stay eager")
+    raise _Unlike
+
+
+def _adapter_input(view: View, base: _Base, branch: _Branch, inside: list[fx.Node]) -> fx.Node | None:
+    """What the adapter reads where that is not the base's x: dropout(x), or x narrowed. None where it is x."""
+    passed: list[fx.Node] = []
+    x = _peel(view, base.x, [], reshapes=True)
+    source = _peel(view, branch.source, passed)
+    if source is x or _peel(view, source, [], reshapes=True) is x:
+        inside.extend(n for n in passed if view.op(n).kind != "reshape")
+        return None
+    op = view.op(source)
+    if op.kind in ("dropout", "cast") and _peel(view, op.args[0], [], reshapes=True) is x:
+        return branch.source
+    raise _Unlike
+
+
+def _guard(view: View, base: _Base, branch: _Branch, out: torch.dtype) -> None:
+    """Raise where the value is LoRA but the kernel does not compute it."""
+    a, b, weight = (view.value(n) for n in (branch.a, branch.b, base.weight))
+    if any(view.op(n).params.get("layout", "nk") != "nk" for n in (branch.down, branch.up)):
+        raise _Unlike("the adapter's weights are stored [in, out]")
+    if any(t.dtype not in FLOATS or t.dim() != 2 for t in (a, b, weight)):
+        raise _Unlike("a weight is not a floating-point matrix")
+    if a.shape[0] >= min(weight.shape):
+        raise _Unlike(f"rank {a.shape[0]} is not below {min(weight.shape)}: not a low-rank adapter")
+    if any(_parts(view, n)[2] is not None for n in (branch.down, branch.up)):
+        raise _Unlike("the adapter has a bias")
+    if out is not view.value(base.linear).dtype:
+        raise _Unlike(f"the sum stays {out}, the base linear is {view.value(base.linear).dtype}")
+
+
+def _ends_later(view: View, node: fx.Node, dtype: torch.dtype) -> bool:
+    """Whether the sum's only reader is the cast back to the base's dtype, which is then the node to match."""
+    users = view.users(node)
+    return len(users) == 1 and view.op(users[0]).kind == "cast" and view.value(users[0]).dtype is dtype
+
+
+def _leaves(view: View, node: fx.Node, inside: list[fx.Node]) -> tuple[fx.Node, ...]:
+    """The nodes that go: all of ``inside``; a cast of x that others read stays. Raises where an inner value is read outside."""
+    nodes = list(dict.fromkeys([node, *inside]))
+    while True:
+        read = [n for n in nodes if n is not node and any(u not in nodes for u in view.users(n))]
+        inputs = [n for n in read if view.op(n).kind in ("identity", "cast")]
+        if not read:
+            return tuple(nodes)
+        if len(inputs) < len(read):
+            first = next(n for n in read if n not in inputs)
+            raise _Unlike(f"{first.name} is also read outside of the adapted linear")
+        nodes = [n for n in nodes if n not in inputs]
+
+
+def _match(view: View, node: fx.Node) -> Match | None:
+    top, out = node, view.value(node).dtype
+    inside: list[fx.Node] = []
+    if view.op(node).kind == "cast":
+        top = view.op(node).args[0]
+        if not isinstance(top, fx.Node) or view.value(top).dtype is out:
+            return None
+        inside.append(top)
+    base, branch = _sides(view, top)
+    base_dtype = view.value(base.linear).dtype
+    if top is node and out is not base_dtype and _ends_later(view, node, base_dtype):
+        return None
+    inside += base.inside + branch.inside
+    xa = _adapter_input(view, base, branch, inside)
+    _guard(view, base, branch, out)
+    x = base.x if view.value(base.x).shape[:-1] == view.value(node).shape[:-1] else _peel(view, base.x, [], reshapes=True)
+    wide = torch.promote_types(view.value(branch.down).dtype, view.value(branch.up).dtype)
+    return Match(
+        NAME, node, _leaves(view, node, inside),
+        {"x": x, "xa": xa, "weight": base.weight, "bias": base.bias, "a": branch.a, "b": branch.b, "scale": branch.scale},
+        {"out_dtype": out, "adapter_dtype": wide, "layout": base.layout},
+    )
+
+
+def recognise(view: View, node: fx.Node) -> Match | Miss | None:
+    """The adapted linear that ends at ``node``: the sum, or the cast of the sum back to the base's dtype."""
+    if view.op(node).kind not in ("pointwise", "cast"):
+        return None
+    try:
+        return _match(view, node)
+    except _Unlike as found:
+        return Miss(NAME, node, found.reason) if found.reason else None
+    except KeyError:    # a node without an example tensor: a size or a tuple, no matrix
+        return None
+
+
+def _lora(x: torch.Tensor, w: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return F.linear(x, w) + F.linear(F.linear(x, a), b) * 2.0
+
+
+def _lora_bias(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return 0.75 * F.linear(F.linear(x, a), b) + F.linear(x, w, bias)
+
+
+def _lora_unscaled(x: torch.Tensor, w: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return F.linear(x, w) + F.linear(F.linear(x, a), b)
+
+
+def _lora_conv1d(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    base = torch.addmm(bias, x.view(-1, x.size(-1)), w).view(2, 5, 9)
+    return base + F.linear(F.linear(x, a), b) * 2.0
+
+
+def _draw(*shapes: tuple[int, ...]) -> Callable[[], tuple[torch.Tensor, ...]]:
+    def arguments() -> tuple[torch.Tensor, ...]:
+        g = torch.Generator().manual_seed(0)
+        return tuple(torch.randn(s, generator=g, dtype=torch.float64) / s[-1] ** 0.5 for s in shapes)
+    return arguments
+
+
+SAMPLES = (
+    Sample("lora", _lora, _draw((2, 5, 7), (9, 7), (3, 7), (9, 3))),
+    Sample("lora with a base bias", _lora_bias, _draw((2, 5, 7), (9, 7), (9,), (3, 7), (9, 3))),
+    Sample("lora with scale 1", _lora_unscaled, _draw((2, 5, 7), (9, 7), (3, 7), (9, 3))),
+    Sample("lora on a Conv1D base", _lora_conv1d, _draw((2, 5, 7), (7, 9), (9,), (3, 7), (9, 3))),
+)
+
+RULE = StructuralRule(NAME, MATH, recognise, SAMPLES)
