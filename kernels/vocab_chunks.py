@@ -1,0 +1,137 @@
+"""The chunk loops of the vocabulary family: one chunk of tokens meets the whole vocabulary, and its logits are gone before the next.
+
+For a chunk with hidden states H [m, D], weight W [V, D], Z = H W^T + b and dZ = d loss / d Z (from the derived row program, written over Z):
+
+    dH = dZ W,    dW = sum over chunks of dZ^T H,    db = sum of dZ over tokens,
+
+all three in fp32. dZ carries neither 1/n nor the upstream gradient, so that fp16 does not underflow: both multiply dH, dW and db afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .vocab_matrix import linear_into, product_into
+from .vocab_rows import Loss, run_rows
+
+GPU_CHUNK_BYTES = 256 << 20
+CPU_CHUNK_BYTES = 32 << 20
+"""Bytes of one chunk's logits. A product with W reads all of W, so a chunk must have rows enough to pay for that."""
+
+
+Wants = tuple[bool, bool, bool]
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """fp32 gradients of the operands, None where not asked for, before they are scaled."""
+
+    hidden: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Operands:
+    """hidden [n, D], weight [V, D], bias [V] or None in the compute dtype; labels [n] or None."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    labels: Tensor | None
+
+    def rows(self, start: int, stop: int) -> Tensor | None:
+        """The labels of one chunk."""
+        return None if self.labels is None else self.labels[start:stop]
+
+    @staticmethod
+    def of(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor | None, dtype: torch.dtype) -> Operands:
+        return Operands(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), labels)
+
+
+def chunk_rows(tokens: int, vocab: int, itemsize: int, device: torch.device) -> int:
+    """How many tokens a chunk has: within the byte limit, chunks of nearly equal size."""
+    limit = CPU_CHUNK_BYTES if device.type == "cpu" else GPU_CHUNK_BYTES
+    most = max(1, limit // max(1, vocab * itemsize))
+    count = max(1, -(-tokens // most))
+    rows = -(-tokens // count)
+    return max(1, min(most, -(-rows // 8) * 8))
+
+
+def _chunks(ops: Operands) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+    """(start, stop, hidden states, logits) of every chunk; all logits share one buffer."""
+    n, vocab = ops.hidden.shape[0], ops.weight.shape[0]
+    rows = chunk_rows(n, vocab, ops.hidden.element_size(), ops.hidden.device)
+    buffer = ops.hidden.new_empty(min(rows, n), vocab)
+    for start in range(0, n, rows):
+        h = ops.hidden[start : start + rows]
+        z = buffer[: h.shape[0]]
+        linear_into(z, h, ops.weight, ops.bias)
+        yield start, start + h.shape[0], h, z
+
+
+def losses_and_gradients(ops: Operands, loss: Loss, wants: Wants) -> tuple[Tensor, Gradients]:
+    """The loss of every token [n] in fp32, and the gradients of their sum that ``wants`` (hidden, weight, bias) asks for."""
+    whole, keep, ops = ops, *_counting(ops, loss)
+    losses = ops.hidden.new_empty(ops.hidden.shape[0], dtype=torch.float32)
+    grads = _empty_gradients(ops, wants)
+    mode = "both" if any(wants) else "value"
+    for start, stop, h, z in _chunks(ops):
+        run_rows(loss, mode, z, ops.rows(start, stop), losses=losses[start:stop])
+        if any(wants):
+            _add_chunk(grads, ops, start, stop, h, z)
+    return _spread(losses, keep, whole), _spread_hidden(grads, keep, whole)
+
+
+def gradients(ops: Operands, loss: Loss, upstream: Tensor, wants: Wants) -> Gradients:
+    """The gradients of sum_t upstream[t] * loss[t], logits made anew. ``upstream``: [n] in fp32."""
+    whole, keep, ops = ops, *_counting(ops, loss)
+    upstream = upstream if keep is None else upstream[keep]
+    grads = _empty_gradients(ops, wants)
+    for start, stop, h, z in _chunks(ops):
+        run_rows(loss, "gradient", z, ops.rows(start, stop), upstream=upstream[start:stop])
+        _add_chunk(grads, ops, start, stop, h, z)
+    return _spread_hidden(grads, keep, whole)
+
+
+def _counting(ops: Operands, loss: Loss) -> tuple[Tensor | None, Operands]:
+    """The numbers of the tokens that count and the operands for those alone; (None, ops) where that saves nothing.
+
+    An ignored token costs no matrix product on a CPU. Elsewhere, learning how many there are would mean waiting for the device.
+    """
+    if ops.labels is None or ops.labels.device.type != "cpu":
+        return None, ops
+    keep = (ops.labels != loss.ignore_index).nonzero().squeeze(1)
+    if keep.shape[0] == ops.labels.shape[0]:
+        return None, ops
+    return keep, Operands(ops.hidden[keep], ops.weight, ops.bias, ops.labels[keep])
+
+
+def _spread(t: Tensor, keep: Tensor | None, whole: Operands) -> Tensor:
+    """Rows ``keep`` of a tensor for all tokens, zeros elsewhere."""
+    return t if keep is None else t.new_zeros(whole.hidden.shape[0], *t.shape[1:]).index_copy_(0, keep, t)
+
+
+def _spread_hidden(grads: Gradients, keep: Tensor | None, whole: Operands) -> Gradients:
+    return grads if grads.hidden is None else replace(grads, hidden=_spread(grads.hidden, keep, whole))
+
+
+def _empty_gradients(ops: Operands, wants: Wants) -> Gradients:
+    make = torch.zeros if ops.hidden.shape[0] == 0 else torch.empty
+    shapes = (ops.hidden.shape, ops.weight.shape, ops.weight.shape[:1])
+    tensors = [make(s, dtype=torch.float32, device=ops.hidden.device) if w else None for s, w in zip(shapes, wants)]
+    return Gradients(*tensors)
+
+
+def _add_chunk(grads: Gradients, ops: Operands, start: int, stop: int, h: Tensor, dz: Tensor) -> None:
+    if grads.hidden is not None:
+        product_into(grads.hidden[start:stop], dz, ops.weight, add=False)
+    if grads.weight is not None:
+        product_into(grads.weight, dz.t(), h, add=start > 0)
+    if grads.bias is not None:
+        total = dz.sum(0, dtype=torch.float32)
+        grads.bias.copy_(total) if start == 0 else grads.bias.add_(total)
