@@ -1,0 +1,1 @@
+"""From a match to the calls that replace its nodes."""

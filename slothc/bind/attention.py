@@ -1,0 +1,200 @@
+"""Attention calls with masks by name and grouped heads, in place of materialised masks and repeated heads."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils._python_dispatch import _disable_current_modes
+
+from slothc.kernels.attention import Kind, attention, classify
+from slothc.patterns.mask import Cone, as_function
+from slothc.patterns.rule import Match
+
+from .masks import DataMask, SizeMask, Verdict
+from .replacement import Replacement
+
+LARGEST_TRIAL = 1 << 27  # mask elements: larger ones that depend on data are not tried out at compile time
+
+Judge = Callable[..., Verdict]
+_judges: weakref.WeakKeyDictionary[fx.Node, Judge | None] = weakref.WeakKeyDictionary()
+_trials: weakref.WeakKeyDictionary[fx.Node, Trial] = weakref.WeakKeyDictionary()
+
+
+class Attention:
+    """``(q, k, v, *leaves) -> out``: the call that stands for one ``scaled_dot_product_attention`` node.
+
+    ``judge`` says what the mask is, given its sizes and data; without one, the only leaf is the mask as the graph
+    computes it (or None).
+    """
+
+    def __init__(self, judge: Judge | None, sizes: int, attrs: dict[str, Any]) -> None:
+        self.__name__ = self.__qualname__ = "sloth_attention"
+        self.judge, self.sizes = judge, sizes
+        self.dropout_p, self.scale = attrs["dropout_p"], attrs["scale"]
+        self.enable_gqa = attrs["enable_gqa"] or attrs["repeats"] > 1
+        self.k_swapped, self.v_swapped = attrs["k_swapped"], attrs["v_swapped"]
+        self.given = Kind("causal" if attrs["is_causal"] else "none")
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *leaves: Any) -> torch.Tensor:
+        k = k.transpose(1, 2) if self.k_swapped else k
+        v = v.transpose(1, 2) if self.v_swapped else v
+        verdict = self._verdict(leaves, q.shape[-2], k.shape[-2])
+        return attention(q, k, v, verdict.mask, verdict.kind, self.dropout_p, self.scale, self.enable_gqa)
+
+    def _verdict(self, leaves: tuple[Any, ...], q_len: int, kv_len: int) -> Verdict:
+        if self.judge is not None:
+            return self.judge(self, leaves[: self.sizes], leaves[self.sizes :], q_len, kv_len)
+        mask = leaves[0] if leaves else None
+        return Verdict(self.given if mask is None else Kind("other"), mask)
+
+
+def bind(match: Match) -> list[Replacement]:
+    """The call that replaces the match's node; none where there is nothing to gain.
+
+    Matches with the same mask share its evaluation. The mask's nodes are left to die with their last reader.
+    """
+    judge = _judge(match)
+    inputs, attrs = match.inputs, match.attrs
+    if judge is None and attrs["repeats"] == 1:
+        return []
+    if judge is not None:
+        leaves = (*inputs["sizes"], *inputs["data"])
+    else:
+        leaves = () if inputs["mask"] is None else (inputs["mask"],)
+    call = Attention(judge, len(inputs["sizes"]), dict(attrs))
+    return [Replacement(match.node, call, (inputs["q"], inputs["k"], inputs["v"], *leaves), {})]
+
+
+def describe(match: Match) -> str:
+    """What the match's mask is, at the traced sizes: none, causal, sliding_window, packed, padding or other.
+
+    Masks of sizes alone are evaluated on the CPU. Those that depend on integer inputs are tried with flags all set and
+    some clear (padding), and with positions that run on and positions that start again (packed).
+    """
+    if match.inputs["mask"] is None:
+        return "causal" if match.attrs["is_causal"] else "none"
+    cone: Cone | None = match.attrs["cone"]
+    return "other" if cone is None else _trial(cone).word
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What trying a mask out on made-up data found: its kind in words; whether it can turn out to need no tensor."""
+
+    word: str
+    hopeful: bool
+
+
+def _judge(match: Match) -> Judge | None:
+    """What evaluates the match's mask at run time, shared by all matches with it. None: the graph computes the mask."""
+    cone: Cone | None = match.attrs["cone"]
+    if cone is None:
+        return None
+    if cone.root not in _judges:
+        if not cone.data:
+            _judges[cone.root] = SizeMask(as_function(cone))
+        else:
+            given = cone.root in cone.data
+            _judges[cone.root] = DataMask(as_function(cone), given) if _trial(cone).hopeful else None
+    return _judges[cone.root]
+
+
+def _trial(cone: Cone) -> Trial:
+    if cone.root not in _trials:
+        with _disable_current_modes(), torch.device("cpu"), torch.no_grad():
+            _trials[cone.root] = _try_out(cone)
+    return _trials[cone.root]
+
+
+def _try_out(cone: Cone) -> Trial:
+    try:
+        size = torch.Size(_hint(tuple(cone.examples[cone.root].shape))).numel()
+        if cone.root in cone.data or (cone.data and size > LARGEST_TRIAL):
+            return Trial("other", True)
+        function, sizes = as_function(cone, torch.device("cpu")), [_hint(cone.examples[size]) for size in cone.sizes]
+        if not cone.data:
+            return Trial(_kind(function(*sizes)).name, True)
+        return _try_data(cone, lambda *data: function(*sizes, *data))
+    except (RuntimeError, IndexError, TypeError, ValueError):  # made-up data that the model's arithmetic does not take
+        return Trial("other", False)
+
+
+def _try_data(cone: Cone, mask: Callable[..., torch.Tensor]) -> Trial:
+    """``mask(*data)`` on data that a plain mask may come from; then on data that shows what else it depends on.
+
+    A diagonal (a window of 1) is no starting point: positions that all start again give one, and hiding more of it
+    shows nothing.
+    """
+    dynamic = any(isinstance(cone.examples[size], torch.SymInt) for size in cone.sizes)
+    found = [(data, mask(*data)) for data in _data(cone)]
+    kinds = [_kind(base) for _, base in found]
+    hopeful = any(kind.plain or (dynamic and kind.name == "sliding_window") for kind in kinds)
+    for (data, base), kind in zip(found, kinds):
+        if base.dtype != torch.bool or not (kind.plain or (kind.window or 0) > 1):
+            continue
+        for i, leaf in enumerate(data):
+            if leaf.dim() == 2 and leaf.shape[0] and leaf.shape[1] == base.shape[-1] >= 4:
+                word = _word(base, leaf, partial(_with, mask, data, i))
+                if word is not None:
+                    return Trial(word, hopeful)
+    return Trial("other", hopeful)
+
+
+def _with(
+    mask: Callable[..., torch.Tensor], data: tuple[torch.Tensor, ...], i: int, leaf: torch.Tensor
+) -> torch.Tensor:
+    return mask(*data[:i], leaf, *data[i + 1 :])
+
+
+def _kind(mask: torch.Tensor) -> Kind:
+    return classify(mask, mask.shape[-2] if mask.dim() > 1 else 1, mask.shape[-1])
+
+
+def _word(base: torch.Tensor, leaf: torch.Tensor, mask: Callable[[torch.Tensor], torch.Tensor]) -> str | None:
+    """padding: clearing a key's flag hides that key from every query whose own flag is set.
+
+    packed: positions that start again hide what came before.
+    """
+    start, count = leaf.shape[1] // 2, torch.arange(leaf.shape[1])
+    changed = leaf.clone()
+    if bool((leaf == 1).all()):
+        changed[0, start:] = 0
+        expected, rows = base & (changed != 0)[:, None, None, :], start if base.shape[-2] > 1 else 1
+        word = "padding"
+    else:
+        changed[:, start:] -= start
+        document = count >= start
+        expected, rows = base & (document[:, None] == document[None, :]), base.shape[-2]
+        word = "packed"
+    seen = mask(changed)
+    same = torch.equal(*torch.broadcast_tensors(seen[..., :rows, :], expected[..., :rows, :]))
+    return word if same and not torch.equal(*torch.broadcast_tensors(seen, base)) else None
+
+
+def _data(cone: Cone) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Made-up data for the cone: each of the first four tensors all ones, or counting along its last dimension."""
+
+    def choices(node: fx.Node) -> list[torch.Tensor]:
+        example = cone.examples[node]
+        ones = torch.ones(_hint(tuple(example.shape)), dtype=example.dtype)
+        counts = example.dtype != torch.bool and ones.dim() > 0
+        return [ones, ones.cumsum(-1, dtype=example.dtype) - 1] if counts else [ones]
+
+    tried = [choices(node) for node in cone.data]
+    return itertools.product(*tried[:4], *(choice[:1] for choice in tried[4:]))
+
+
+def _hint(size: Any) -> Any:
+    """The traced value of a size, or of a shape."""
+    if isinstance(size, (tuple, list)):
+        return tuple(_hint(item) for item in size)
+    if isinstance(size, (torch.SymInt, torch.SymFloat)):
+        return size.node.require_hint()
+    return size
