@@ -1,0 +1,181 @@
+"""The systems that are compared and the models they train: the same weights, adapters and batches for each."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # slothc, when it isn't installed
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
+os.environ.setdefault("UNSLOTH_DISABLE_AUTO_UPDATES", "1")
+
+SYSTEMS = ("eager", "dynamo-eager", "inductor", "liger", "unsloth", "sloth")
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+_LLAMA3 = {
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+    "rms_norm_eps": 1e-5,
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+    "num_key_value_heads": 8,
+    "num_attention_heads": 32,
+}
+_TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+
+# (transformers config class, what differs from its defaults)
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama8b": ("LlamaConfig", {**_LLAMA3, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}),
+    "llama1b": (
+        "LlamaConfig",
+        {
+            **_LLAMA3,
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 16,
+            "head_dim": 64,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "qwen3_8b": (
+        "Qwen3Config",
+        {
+            "vocab_size": 151936,
+            "hidden_size": 4096,
+            "intermediate_size": 12288,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 40960,
+        },
+    ),
+    "gemma2_2b": ("Gemma2Config", {}),
+    "tiny": (
+        "LlamaConfig",
+        {
+            "vocab_size": 1024,
+            "hidden_size": 128,
+            "intermediate_size": 384,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 512,
+        },
+    ),
+}
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is trained: shared by the scripts that train a whole model."""
+    parser.add_argument("--model", choices=SHAPES, default="llama1b")
+    parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
+    parser.add_argument("--attn", choices=["sdpa", "eager"], default="sdpa")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--seq", type=int, default=2048)
+    parser.add_argument(
+        "--sloth-options", type=json.loads, default={}, metavar="JSON", help='such as {"rest": "inductor"}'
+    )
+
+
+def config(name: str, layers: int | None = None) -> Any:
+    import transformers
+
+    kind, fields = SHAPES[name]
+    made = getattr(transformers, kind)(**fields, **_TOKENS, use_cache=False)
+    if layers:
+        made.num_hidden_layers = layers
+        if getattr(made, "layer_types", None):
+            made.layer_types = made.layer_types[:layers]
+    return made
+
+
+def base_model(name: str, device: str, *, layers: int | None = None, attn: str = "sdpa") -> Any:
+    """A seeded bf16 model, built on its device: the same weights in every process on the same device."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config(name, layers), dtype=torch.bfloat16, attn_implementation=attn)
+    return model.train()
+
+
+def with_adapters(model: Any, *, fp32: bool) -> Any:
+    """LoRA r=16 on all seven linears, values seeded by the adapter's place. ``fp32`` keeps adapters wider than the base."""
+    from peft import LoraConfig, get_peft_model
+
+    adapters = LoraConfig(r=16, lora_alpha=16, target_modules=TARGETS, task_type="CAUSAL_LM", lora_dropout=0.0)
+    return seeded_adapters(get_peft_model(model, adapters, autocast_adapter_dtype=fp32))
+
+
+def seeded_adapters(model: Any) -> Any:
+    """Give every lora_A the values that its name decides, so that systems which build adapters in another order agree."""
+    import torch
+
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_A" in name:
+                generator = torch.Generator().manual_seed(zlib.crc32(name[name.index("layers.") :].encode()))
+                bound = 1 / math.sqrt(parameter.shape[1])
+                values = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
+                parameter.copy_(values)
+    return model
+
+
+def patch_liger(name: str) -> None:
+    """Liger replaces the classes of one architecture, before the model is built."""
+    import liger_kernel.transformers as liger
+
+    family = SHAPES[name][0].removesuffix("Config").lower()
+    getattr(liger, f"apply_liger_kernel_to_{family}")()
+
+
+def compiled(system: str, model: Any, sloth_options: dict[str, Any]) -> Callable[..., Any]:
+    """What a step calls: the model itself, or its compiled form."""
+    import torch
+
+    if system == "inductor":
+        return torch.compile(model)
+    if system == "dynamo-eager":
+        return torch.compile(model, backend="eager")
+    if system == "sloth":
+        import slothc  # noqa: F401  registers the backend in a checkout that isn't installed
+
+        return torch.compile(model, backend="sloth", options=sloth_options)
+    return model
+
+
+def batches(vocabulary: int, batch: int, seq: int, device: str, count: int = 4) -> list[Any]:
+    import torch
+
+    generator = torch.Generator(device=device).manual_seed(1)
+    return [torch.randint(4, vocabulary, (batch, seq), device=device, generator=generator) for _ in range(count)]
+
+
+def environment(device: str) -> dict[str, str]:
+    """Versions and device, to be kept beside every figure."""
+    import importlib.metadata
+    import platform
+
+    import torch
+
+    found = {
+        "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+        "python": platform.python_version(),
+    }
+    for package in ("torch", "triton", "transformers", "peft", "liger-kernel", "unsloth", "cut-cross-entropy"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
