@@ -14,10 +14,10 @@ from torch import fx
 from torch.utils._python_dispatch import _disable_current_modes
 
 from slothc.kernels.attention import Kind, attention, classify
-from slothc.patterns.mask import Cone, as_function
+from slothc.patterns.mask import Cone, Facts, as_function, find
 from slothc.patterns.rule import Match
 
-from .masks import DataMask, SizeMask, Verdict
+from .masks import GIVEN, Announced, DataMask, SizeMask, Verdict
 from .replacement import Replacement
 
 LARGEST_TRIAL = 1 << 27  # mask elements: larger ones that depend on data are not tried out at compile time
@@ -72,6 +72,18 @@ def bind(match: Match) -> list[Replacement]:
     return [Replacement(match.node, call, (inputs["q"], inputs["k"], inputs["v"], *leaves), {})]
 
 
+def announce(view: Facts, mask: fx.Node) -> list[Replacement]:
+    """For a mask that child graphs read (layers under gradient checkpointing): they then need not look at its elements.
+
+    ``mask`` is the node of the outer graph whose value is passed. Only masks of sizes alone can be announced; for
+    others, and where this is not called, the first layer of each forward (and of each recomputation) looks.
+    """
+    cone = find(view, mask)
+    if not isinstance(cone, Cone) or cone.data or mask.op == "placeholder":
+        return []
+    return [Replacement(mask, Announced(as_function(cone)), cone.sizes, {})]
+
+
 def describe(match: Match) -> str:
     """What the match's mask is, at the traced sizes: none, causal, sliding_window, packed, padding or other.
 
@@ -82,6 +94,12 @@ def describe(match: Match) -> str:
         return "causal" if match.attrs["is_causal"] else "none"
     cone: Cone | None = match.attrs["cone"]
     return "other" if cone is None else _trial(cone).word
+
+
+def describe_mask(view: Facts, mask: fx.Node) -> str:
+    """``describe`` for a mask by its node: the outer graph's, where the attention that reads it is in a child graph."""
+    cone = find(view, mask)
+    return _trial(cone).word if isinstance(cone, Cone) else "other"
 
 
 @dataclass(frozen=True)
@@ -101,8 +119,8 @@ def _judge(match: Match) -> Judge | None:
         if not cone.data:
             _judges[cone.root] = SizeMask(as_function(cone))
         else:
-            given = cone.root in cone.data
-            _judges[cone.root] = DataMask(as_function(cone), given) if _trial(cone).hopeful else None
+            judge = GIVEN if cone.root in cone.data else DataMask(as_function(cone))
+            _judges[cone.root] = judge if _trial(cone).hopeful else None
     return _judges[cone.root]
 
 
@@ -196,5 +214,7 @@ def _hint(size: Any) -> Any:
     if isinstance(size, (tuple, list)):
         return tuple(_hint(item) for item in size)
     if isinstance(size, (torch.SymInt, torch.SymFloat)):
-        return size.node.require_hint()
+        if not size.node.has_hint():
+            raise ValueError(f"size {size} has no traced value")
+        return size.node.hint
     return size

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from slothc.kernels.attention import Kind, classify
 
+T = TypeVar("T")
 OTHER = Kind("other")
 REMEMBERED = 64  # distinct sizes
+MASKS = 4  # tensors with a verdict at a time: a forward has one mask for each kind of layer
 
 
 @dataclass(frozen=True)
@@ -64,10 +68,7 @@ class SizeMask:
         if kind is None:
             if not observable(mask):
                 return Verdict(OTHER, mask)
-            kind = classify(mask, q_len, kv_len)
-            self._kinds[key] = kind
-            if len(self._kinds) > REMEMBERED:
-                self._kinds.popitem(last=False)
+            kind = _keep(self._kinds, key, _classify(mask, q_len, kv_len), REMEMBERED)
         if kind.plain:
             return Verdict(kind, None)
         mask = _one_of_batch(mask) if kind.shared else mask
@@ -89,74 +90,145 @@ class DataMask:
     def __init__(self, function: Callable[..., torch.Tensor], given: bool = False) -> None:
         self.function, self.given = function, given
         self._known: OrderedDict[Any, tuple[tuple[torch.Tensor, ...], Kind]] = OrderedDict()
-        self._reading: _Reading | None = None
+        self._readings: OrderedDict[int, _Reading] = OrderedDict()
 
     def __call__(
         self, reader: object, sizes: tuple[Any, ...], data: tuple[torch.Tensor, ...], q_len: int, kv_len: int
     ) -> Verdict:
-        key = (sizes, q_len, kv_len, *((t.shape, t.dtype, t.device) for t in data))
-        reading = self._reading
+        key = _key(sizes, data, q_len, kv_len)
+        reading = self._readings.get(id(data[0]))
         if reading is not None and reading.serves(reader, key, data):
             verdict = reading.verdict
         elif observable(*data):
             verdict = self._judge(key, sizes, data, q_len, kv_len)
-            self._reading = _Reading(reader, key, data, verdict, weakref.ref(self))
+            _keep(self._readings, id(data[0]), _Reading({id(reader)}, key, data, verdict, weakref.ref(self)), MASKS)
         else:
             verdict = Verdict(OTHER, None if self.given else _evaluate(self.function, (*sizes, *data)))
         return Verdict(verdict.kind, data[0]) if self.given and not verdict.kind.plain else verdict
+
+    def announce(self, mask: torch.Tensor, kind: Kind) -> None:
+        """The kind of a given mask that nobody writes to is known: readers need not look."""
+        key = _key((), (mask,), mask.shape[-2], mask.shape[-1])
+        if (reading := self._readings.get(id(mask))) is None or not reading.serves(None, key, (mask,)):
+            reading = _Reading(None, key, (mask,), Verdict(kind, None), weakref.ref(self))
+            _keep(self._readings, id(mask), reading, MASKS)
 
     def _judge(
         self, key: Any, sizes: tuple[Any, ...], data: tuple[torch.Tensor, ...], q_len: int, kv_len: int
     ) -> Verdict:
         if self.given:
-            return Verdict(classify(data[0], q_len, kv_len), None)
+            return Verdict(_classify(data[0], q_len, kv_len), None)
         known = self._known.get(key)
-        if known is not None and all(torch.equal(a, b) for a, b in zip(known[0], data)):
-            return Verdict(known[1], None)
+        with _aside():
+            if known is not None and all(torch.equal(a, b) for a, b in zip(known[0], data)):
+                return Verdict(known[1], None)
         mask = _evaluate(self.function, (*sizes, *data))
-        kind = classify(mask, q_len, kv_len)
+        kind = _classify(mask, q_len, kv_len)
         if not kind.plain:
             return Verdict(kind, mask)
-        self._known[key] = (tuple(t.detach().clone() for t in data), kind)
-        if len(self._known) > REMEMBERED:
-            self._known.popitem(last=False)
+        with _aside():
+            _keep(self._known, key, (tuple(t.clone() for t in data), kind), REMEMBERED)
         return Verdict(kind, None)
 
 
+GIVEN = DataMask(lambda mask: mask, given=True)  # one for all: layers in child graphs share a mask, not a graph
+
+
+class Announced:
+    """``(*sizes) -> mask``: a mask of sizes alone for readers in child graphs, its kind known to ``GIVEN`` beforehand.
+
+    The same tensor comes back as long as the sizes stay.
+    """
+
+    def __init__(self, function: Callable[..., torch.Tensor]) -> None:
+        self.__name__ = self.__qualname__ = "sloth_mask"
+        self.function = function
+        self._kinds: OrderedDict[Any, Kind] = OrderedDict()
+        self._latest: tuple[tuple[Any, ...], torch.Tensor, Kind] | None = None
+
+    def __call__(self, *sizes: Any) -> torch.Tensor:
+        latest = self._latest
+        if latest is None or latest[0] != sizes:
+            mask = _evaluate(self.function, sizes)
+            if mask.dim() < 2 or not observable(mask):
+                return mask
+            kind = self._kinds.get(sizes)
+            if kind is None:
+                kind = _keep(self._kinds, sizes, _classify(mask, mask.shape[-2], mask.shape[-1]), REMEMBERED)
+            if kind.shared:
+                with _aside():
+                    mask = _one_of_batch(mask).expand(mask.shape)
+            self._latest = latest = (sizes, mask, kind)
+        GIVEN.announce(latest[1], latest[2])
+        return latest[1]
+
+
 class _Reading:
-    """A verdict on certain tensors, valid while they are alive and unchanged, once for each reader."""
+    """A verdict on certain tensors, valid while they live unchanged: once for each reader, or always (readers None)."""
 
     def __init__(
-        self, reader: object, key: Any, data: Sequence[torch.Tensor], verdict: Verdict, owner: weakref.ref[DataMask]
+        self,
+        readers: set[int] | None,
+        key: Any,
+        data: Sequence[torch.Tensor],
+        verdict: Verdict,
+        owner: weakref.ref[DataMask],
     ) -> None:
+        first = id(data[0])
+
         def forget(_: object) -> None:
             mask = owner()
-            if mask is not None and mask._reading is self:
-                mask._reading = None
+            if mask is not None and mask._readings.get(first) is self:
+                del mask._readings[first]
 
-        self.key, self.verdict = key, verdict
-        self.readers = {id(reader)}
+        self.key, self.verdict, self.readers = key, verdict, readers
         self.tensors = tuple((weakref.ref(t, forget), _version(t)) for t in data)
 
     def serves(self, reader: object, key: Any, data: Sequence[torch.Tensor]) -> bool:
-        """Whether ``reader`` may use the verdict for ``data``; it may do so once."""
-        same = self.key == key and all(
-            ref() is t and version == _version(t) for (ref, version), t in zip(self.tensors, data)
-        )
-        if not same or id(reader) in self.readers:
+        """Whether ``reader`` may use the verdict for ``data``."""
+        seen = zip(self.tensors, data)
+        if self.key != key or not all(ref() is t and version == _version(t) for (ref, version), t in seen):
             return False
-        self.readers.add(id(reader))
+        if self.readers is not None:
+            if id(reader) in self.readers:
+                return False
+            self.readers.add(id(reader))
         return True
 
 
+def _key(sizes: tuple[Any, ...], data: tuple[torch.Tensor, ...], q_len: int, kv_len: int) -> Any:
+    return (sizes, q_len, kv_len, *((t.shape, t.dtype, t.device) for t in data))
+
+
+@contextmanager
+def _aside() -> Iterator[None]:
+    """Unwatched by autograd and by dispatch modes (a checkpoint's, say, which expects every operation twice)."""
+    with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
+        yield
+
+
 def _evaluate(function: Callable[..., torch.Tensor], leaves: tuple[Any, ...]) -> torch.Tensor:
-    with torch.inference_mode(False), torch.no_grad():
+    with _aside():
         return function(*leaves)
+
+
+def _classify(mask: torch.Tensor, q_len: int, kv_len: int) -> Kind:
+    with _aside():
+        return classify(mask, q_len, kv_len)
+
+
+def _keep(store: OrderedDict[Any, T], key: Any, value: T, most: int) -> T:
+    """``store[key] = value``, the oldest entries making room."""
+    store[key] = value
+    while len(store) > most:
+        store.popitem(last=False)
+    return value
 
 
 def _one_of_batch(mask: torch.Tensor) -> torch.Tensor:
     """One element of a batch of equal masks, in memory of its own."""
-    return mask[:1].clone() if mask.dim() >= 3 else mask
+    with _aside():
+        return mask[:1].clone() if mask.dim() >= 3 else mask
 
 
 def _version(tensor: torch.Tensor) -> int:
