@@ -1,8 +1,9 @@
-"""The canonical meaning of every torch spelling: the one place that knows how torch functions and methods are called."""
+"""The canonical meaning of every torch spelling; with spellings_*.py the one place that knows how torch is called."""
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -22,15 +23,16 @@ from .spellings_views import VIEWS
 TABLE: dict[str, Row] = {**POINTWISE, **VIEWS, **MATRIX}
 
 _NAMESPACES: tuple[tuple[ModuleType | Any, str], ...] = (
-    (torch, ""), (operator, ""), (torch._C._nn, ""), (F, "F."), (torch.special, "special."), (torch.linalg, "linalg."), (torch.Tensor, ""),
+    (torch, ""), (operator, ""), (torch._C._nn, ""), (F, "F."), (torch.special, "special."), (torch.linalg, "linalg."),
+    (torch.Tensor, ""),
 )  # fmt: skip
 
 
 def _names() -> dict[Any, str]:
-    """Function object -> its row's name. A function of F that torch also has keeps torch's name unless F's own differs."""
+    """Function object -> its row's name; a row may be for one namespace only (``F.softmax`` and ``softmax`` differ)."""
     found: dict[Any, str] = {getattr: "getattr", max: "max", min: "min", abs: "abs"}
     for module, prefix in _NAMESPACES:
-        for name in dir(module):
+        for name in sorted(dir(module), key=lambda name: name.startswith("_")):
             function = getattr(module, name, None)
             own = prefix + name if prefix + name in TABLE else name
             if callable(function) and own in TABLE and function.__hash__ is not None:
@@ -62,37 +64,43 @@ def _row(node: fx.Node, name: str) -> Row | None:
     return TABLE.get(name) if node.target in _NAMES else None
 
 
-def meaning(node: fx.Node) -> Op:
-    """What ``node`` computes; never raises. Unknown calls are ``opaque`` with a readable ``fn`` and, where known, the ``reason``.
+def meaning(node: fx.Node, example: Callable[[Any], Any] = example) -> Op:
+    """What ``node`` computes; never raises. ``example`` gives a node's example value (by default its meta's).
 
-    Calls that write to an argument are ``opaque`` with ``mutates``, ``target_arg`` (the first such node) and ``targets`` (all of them).
+    Unknown calls are ``opaque`` with a readable ``fn`` and often a ``reason``. Calls that write to an argument
+    are ``opaque`` with ``mutates``, ``target_arg`` (the first such node), ``targets`` (all of them). Calls that give a
+    number are ``opaque`` with ``scalar``.
     """
     if node.op in ("placeholder", "get_attr"):
         return Op("input")
     name = target_name(node)
     if node.op not in ("call_function", "call_method"):
         return Op("opaque", _operands(node), {"fn": node.op})
-    targets = written(node, name)
+    targets = written(node, name, example)
     if targets:
-        return Op("opaque", _operands(node), {"fn": name, "mutates": True, "target_arg": targets[0], "targets": targets})
+        return _mutation(node, name, targets)
     value = example(node)
     if value is not None and not isinstance(value, torch.Tensor | tuple | list):
         return Op("opaque", _operands(node), {"fn": name, "scalar": True})
     row = _row(node, name)
     if row is None:
         return Op("opaque", _operands(node), {"fn": name})
-    return _meaning(node, name, row)
+    return _meaning(node, name, row, example)
 
 
-def _meaning(node: fx.Node, name: str, row: Row) -> Op:
+def _meaning(node: fx.Node, name: str, row: Row, example: Callable[[Any], Any]) -> Op:
     try:
         bound = row.signature.bind(node.args, {key: item for key, item in node.kwargs.items() if key != "out"})
         if bound.get("inplace"):
-            target = bound["x"]
-            return Op("opaque", _operands(node), {"fn": name, "mutates": True, "target_arg": target, "targets": (target,)})
-        return row.make(Call(node, name, bound))
+            return _mutation(node, name, (bound["x"],))
+        return row.make(Call(node, name, bound, example))
     except Decline as reason:
         return Op("opaque", _operands(node), {"fn": name, "reason": str(reason)})
+
+
+def _mutation(node: fx.Node, name: str, targets: tuple[fx.Node, ...]) -> Op:
+    params = {"fn": name, "mutates": True, "target_arg": targets[0], "targets": targets}
+    return Op("opaque", _operands(node), params)
 
 
 def _operands(node: fx.Node) -> tuple[fx.Node, ...]:

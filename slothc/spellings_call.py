@@ -14,10 +14,11 @@ from slothc.patterns.meaning import Op
 
 _REQUIRED = object()
 _KEYWORDS = {
-    "input": ("x",), "self": ("x",), "axis": ("dim",), "keepdims": ("keepdim",), "dims": ("dim", "sizes", "repeats"), "dim": ("sizes",),
-    "size": ("sizes",), "shape": ("sizes",), "normalized_shape": ("sizes",), "mat2": ("other",), "ord": ("p",), "query": ("q",),
-    "key": ("k",), "value": ("v",), "split_size_or_sections": ("split_size",), "indices_or_sections": ("parts",), "indices": ("x", "parts"),
-    "sections": ("parts",), "axis0": ("dim0",), "axis1": ("dim1",), "abs": ("x",), "angle": ("other",), "imag": ("other",),
+    "input": ("x",), "self": ("x",), "axis": ("dim",), "keepdims": ("keepdim",), "dims": ("dim", "sizes", "repeats"),
+    "dim": ("sizes",), "size": ("sizes",), "shape": ("sizes",), "normalized_shape": ("sizes",), "mat2": ("other",),
+    "ord": ("p",), "query": ("q",), "key": ("k",), "value": ("v",), "split_size_or_sections": ("split_size",),
+    "indices_or_sections": ("parts",), "indices": ("x", "parts"), "sections": ("parts",),
+    "axis0": ("dim0",), "axis1": ("dim1",), "abs": ("x",), "angle": ("other",), "imag": ("other",), "real": ("x",),
     "train": ("training",), "vec2": ("other",), "exponent": ("other",),
 }  # fmt: skip
 
@@ -28,7 +29,7 @@ class Decline(Exception):
 
 @dataclass(frozen=True)
 class Signature:
-    """Parameter names in positional order. In the text form ``x dim=None *sizes`` a star takes one sequence or all that is left."""
+    """Parameter names in positional order; ``*sizes`` in the text form takes one sequence, or all that is left."""
 
     names: tuple[str, ...]
     defaults: dict[str, Any]
@@ -77,13 +78,14 @@ class Call:
     node: fx.Node
     name: str
     bound: dict[str, Any]
+    example: Callable[[Any], Any]
 
     def __getitem__(self, name: str) -> Any:
         return self.bound[name]
 
     def value(self, node: Any) -> torch.Tensor:
         """The example value of an operand. Raises Decline where there is no tensor."""
-        found = example(node)
+        found = self.example(node)
         if not isinstance(found, torch.Tensor):
             raise Decline(f"{node} has no example tensor")
         return found

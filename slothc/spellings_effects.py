@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,15 +11,17 @@ from torch import fx
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 
 _INPLACE_OPERATORS = {
-    operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow, operator.iand,
-    operator.ior, operator.ixor, operator.imatmul, operator.ilshift, operator.irshift, operator.setitem, operator.delitem,
+    operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow,
+    operator.iand, operator.ior, operator.ixor, operator.imatmul, operator.ilshift, operator.irshift,
+    operator.setitem, operator.delitem,
 }  # fmt: skip
 _DUNDER_INPLACE = {f"__{fn.__name__}__" for fn in _INPLACE_OPERATORS}
+_NUMBERS = int | float | torch.SymInt | torch.SymFloat | torch.SymBool
 _RUNNING_STATISTICS = {"batch_norm", "instance_norm"}
 
 
-def written(node: fx.Node, name: str) -> tuple[fx.Node, ...]:
-    """The argument nodes that ``node`` writes to. ``name`` is the readable name of its target."""
+def written(node: fx.Node, name: str, example: Callable[[Any], Any]) -> tuple[fx.Node, ...]:
+    """The argument nodes that ``node`` writes to. ``name``: of its target; ``example`` gives example values."""
     found: list[Any] = []
     if _writes_first(node, name) and node.args:
         found.append(node.args[0])
@@ -33,7 +36,7 @@ def written(node: fx.Node, name: str) -> tuple[fx.Node, ...]:
         found += [node.args[1:3], node.kwargs.get("running_mean"), node.kwargs.get("running_var")]
     if name == "embedding" and node.kwargs.get("max_norm", node.args[3] if len(node.args) > 3 else None) is not None:
         found.append(node.kwargs.get("weight", node.args[1] if len(node.args) > 1 else None))
-    return tuple(dict.fromkeys(_nodes(found)))
+    return tuple(dict.fromkeys(_nodes(found, example)))
 
 
 def _writes_first(node: fx.Node, name: str) -> bool:
@@ -63,12 +66,14 @@ def _by_schema(node: fx.Node) -> list[Any]:
     return found
 
 
-def _nodes(item: Any) -> list[fx.Node]:
+def _nodes(item: Any, example: Callable[[Any], Any]) -> list[fx.Node]:
     """Nodes whose value is not a plain number, at any depth."""
     found: list[fx.Node] = []
 
     def keep(node: fx.Node) -> fx.Node:
-        if not isinstance(node.meta.get("example_value"), int | float | bool | torch.SymInt | torch.SymFloat | torch.SymBool):
+        if not isinstance(
+            node.meta.get("example_value"), int | float | bool | torch.SymInt | torch.SymFloat | torch.SymBool
+        ):
             found.append(node)
         return node
 

@@ -10,7 +10,7 @@ from torch import fx
 
 from slothc.patterns.meaning import Op
 
-from .spellings_call import Call, Decline, Row, example, is_number, node_of
+from .spellings_call import Call, Decline, Row, is_number, node_of
 
 
 def _reduce(fn: str) -> Callable[[Call], Op]:
@@ -43,7 +43,7 @@ def _spread(fn: str) -> Callable[[Call], Op]:
 
 
 def _norm(call: Call) -> Op:
-    """The 2-norm: ``p`` is 2, "fro" or None. ``linalg.norm`` with ord=2 over two dims is the spectral norm, which is another thing."""
+    """The 2-norm: ``p`` is 2, "fro" or None. ``linalg.norm`` with ord=2 over two dims is the spectral norm."""
     x, p = node_of(call["x"]), call["p"]
     dims = call.dims(call["dim"], call.value(x).dim())
     spectral = call.name == "linalg.norm" and p is not None and len(dims) == 2 and p != "fro"
@@ -80,32 +80,37 @@ def _linear(call: Call) -> Op:
     return Op("linear", (node_of(call["x"]), call["weight"], call["bias"]), {"layout": "nk"})
 
 
-def _is_matrix_input(node: Any) -> bool:
-    value = example(node)
-    return isinstance(node, fx.Node) and node.op in ("placeholder", "get_attr") and isinstance(value, torch.Tensor) and value.dim() == 2
+def _is_matrix_input(call: Call, node: Any) -> bool:
+    value = call.example(node)
+    return (
+        isinstance(node, fx.Node)
+        and node.op in ("placeholder", "get_attr")
+        and isinstance(value, torch.Tensor)
+        and value.dim() == 2
+    )
 
 
-def _transposed_input(node: fx.Node) -> fx.Node | None:
+def _transposed_input(call: Call, node: fx.Node) -> fx.Node | None:
     """W where ``node`` is W.T of a matrix input, however it is spelled."""
     from .spellings import meaning
 
-    op = meaning(node)
-    found = op.kind == "permute" and op.params["dims"] == (1, 0) and _is_matrix_input(op.args[0])
+    op = meaning(node, call.example)
+    found = op.kind == "permute" and op.params["dims"] == (1, 0) and _is_matrix_input(call, op.args[0])
     return op.args[0] if found else None
 
 
-def _product(x: fx.Node, weight: fx.Node, bias: Any) -> Op | None:
+def _product(call: Call, x: fx.Node, weight: fx.Node, bias: Any) -> Op | None:
     """x @ W or x @ W.T with a matrix that comes from outside."""
-    if _is_matrix_input(weight):
+    if _is_matrix_input(call, weight):
         return Op("linear", (x, weight, bias), {"layout": "kn"})
-    if (matrix := _transposed_input(weight)) is not None:
+    if (matrix := _transposed_input(call, weight)) is not None:
         return Op("linear", (x, matrix, bias), {"layout": "nk"})
     return None
 
 
 def _matmul(call: Call) -> Op:
     x, other = node_of(call["x"]), node_of(call["other"])
-    linear = _product(x, other, None) if call.value(x).dim() >= 2 else None
+    linear = _product(call, x, other, None) if call.value(x).dim() >= 2 else None
     return linear or Op("matmul", (x, other))
 
 
@@ -113,7 +118,7 @@ def _addmm(call: Call) -> Op:
     bias, x, weight = node_of(call["x"]), node_of(call["mat1"]), node_of(call["mat2"])
     if not (is_number(call["beta"], 1) and is_number(call["alpha"], 1)) or call.value(bias).dim() != 1:
         raise Decline("addmm with scales or a matrix to add")
-    return _product(x, weight, bias) or Op("linear", (x, weight, bias), {"layout": "kn"})
+    return _product(call, x, weight, bias) or Op("linear", (x, weight, bias), {"layout": "kn"})
 
 
 def _sdpa(call: Call) -> Op:
@@ -140,7 +145,22 @@ def _embedding(call: Call) -> Op:
     if call.bound.get("max_norm") is not None or call["scale_grad_by_freq"] or call["sparse"]:
         raise Decline("an embedding with max_norm, scale_grad_by_freq or sparse gradients")
     padding = call["padding_idx"]
-    return Op("embedding", (node_of(call["x"]), node_of(call["weight"])), {"padding_idx": None if padding == -1 else padding})
+    return Op(
+        "embedding", (node_of(call["x"]), node_of(call["weight"])), {"padding_idx": None if padding == -1 else padding}
+    )
+
+
+_ATTENTION = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
+_LOSS_NAMES = "x target weight size_average ignore_index reduce reduction"
+_LOSS = {
+    "weight": None,
+    "size_average": None,
+    "ignore_index": -100,
+    "reduce": None,
+    "reduction": "mean",
+    "label_smoothing": 0.0,
+}
+_EMBEDDING = {"scale_grad_by_freq": False, "sparse": False}
 
 
 def _rows() -> dict[str, Row]:
@@ -156,10 +176,26 @@ def _rows() -> dict[str, Row]:
     for fn in ("var", "std"):
         put(fn, "x dim unbiased keepdim", _spread(fn), dim=None, unbiased=None, keepdim=False, correction=1)
     put("norm F.norm", "x p dim keepdim dtype", _norm, p="fro", dim=None, keepdim=False, dtype=None)
-    put("linalg.vector_norm linalg_vector_norm", "x p dim keepdim dtype", _norm, p=2, dim=None, keepdim=False, dtype=None)
+    put(
+        "linalg.vector_norm linalg_vector_norm",
+        "x p dim keepdim dtype",
+        _norm,
+        p=2,
+        dim=None,
+        keepdim=False,
+        dtype=None,
+    )
     put("linalg.norm linalg_norm", "x p dim keepdim dtype", _norm, p=None, dim=None, keepdim=False, dtype=None)
     put("F.layer_norm", "x sizes weight bias eps", _normalised("layer_norm"), weight=None, bias=None, eps=1e-5)
-    put("layer_norm", "x sizes weight bias eps cudnn_enable", _normalised("layer_norm"), weight=None, bias=None, eps=1e-5, cudnn_enable=True)
+    put(
+        "layer_norm",
+        "x sizes weight bias eps cudnn_enable",
+        _normalised("layer_norm"),
+        weight=None,
+        bias=None,
+        eps=1e-5,
+        cudnn_enable=True,
+    )
     put("rms_norm F.rms_norm", "x sizes weight eps", _normalised("rms_norm"), weight=None, eps=None)
     for fn in ("softmax", "log_softmax"):
         put(f"{fn} special.{fn}", "x dim dtype", _softmax(fn), dtype=None)
@@ -167,15 +203,12 @@ def _rows() -> dict[str, Row]:
     put("linear", "x weight bias", _linear, bias=None)
     put("matmul bmm mm __matmul__", "x other", _matmul)
     put("addmm", "x mat1 mat2", _addmm, beta=1, alpha=1)
-    put("scaled_dot_product_attention", "q k v attn_mask dropout_p is_causal", _sdpa, attn_mask=None, dropout_p=0.0, is_causal=False,
-        scale=None, enable_gqa=False)  # fmt: skip
-    put("cross_entropy", "x target weight size_average ignore_index reduce reduction label_smoothing", _loss("cross_entropy"), weight=None,
-        size_average=None, ignore_index=-100, reduce=None, reduction="mean", label_smoothing=0.0)  # fmt: skip
-    put("F.nll_loss", "x target weight size_average ignore_index reduce reduction", _loss("nll_loss"), weight=None, size_average=None,
-        ignore_index=-100, reduce=None, reduction="mean", label_smoothing=0.0)  # fmt: skip
-    put("F.embedding", "x weight padding_idx max_norm norm_type scale_grad_by_freq sparse", _embedding, padding_idx=None, max_norm=None,
-        norm_type=2.0, scale_grad_by_freq=False, sparse=False)  # fmt: skip
-    put("embedding", "weight x padding_idx scale_grad_by_freq sparse", _embedding, padding_idx=-1, scale_grad_by_freq=False, sparse=False)
+    put("scaled_dot_product_attention", "q k v attn_mask dropout_p is_causal", _sdpa, **_ATTENTION)
+    put("cross_entropy", f"{_LOSS_NAMES} label_smoothing", _loss("cross_entropy"), **_LOSS)
+    put("F.nll_loss", _LOSS_NAMES, _loss("nll_loss"), **_LOSS)
+    names = "x weight padding_idx max_norm norm_type scale_grad_by_freq sparse"
+    put("F.embedding", names, _embedding, padding_idx=None, max_norm=None, norm_type=2.0, **_EMBEDDING)
+    put("embedding", "weight x padding_idx scale_grad_by_freq sparse", _embedding, padding_idx=-1, **_EMBEDDING)
     return rows
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import fx
 
 from slothc.patterns.meaning import Op
 
-from .spellings_call import Call, Decline, Row, example, is_number, node_of, operand, same_kind
+from .spellings_call import Call, Decline, Row, is_number, node_of, operand, same_kind
 
 
 def _unary(fn: str) -> Callable[[Call], Op]:
@@ -36,23 +37,23 @@ def _binary(fn: str, neutral: float | None = None, commutes: bool = False) -> Ca
 def _does_nothing(call: Call, x: Any, number: Any, neutral: float) -> bool:
     if not (isinstance(x, fx.Node) and is_number(number, neutral)):
         return False
-    value = example(x)
+    value = call.example(x)
     return isinstance(value, torch.Tensor) and same_kind(value, call.out)
 
 
 def _swapped(make: Callable[[Call], Op]) -> Callable[[Call], Op]:
-    return lambda call: make(Call(call.node, call.name, {**call.bound, "x": call["other"], "other": call["x"]}))
+    return lambda call: make(replace(call, bound={**call.bound, "x": call["other"], "other": call["x"]}))
 
 
-def _is_bool(item: Any) -> bool:
-    value = example(item)
+def _is_bool(call: Call, item: Any) -> bool:
+    value = call.example(item)
     return isinstance(item, bool) or (isinstance(value, torch.Tensor) and value.dtype == torch.bool)
 
 
 def _boolean(fn: str) -> Callable[[Call], Op]:
     def make(call: Call) -> Op:
         args = (operand(call["x"]), operand(call["other"]))
-        if not all(_is_bool(arg) for arg in args):
+        if not all(_is_bool(call, arg) for arg in args):
             raise Decline("bitwise or logical arithmetic on integers")
         return Op("pointwise", args, {"fn": fn})
 
@@ -60,7 +61,7 @@ def _boolean(fn: str) -> Callable[[Call], Op]:
 
 
 def _not(call: Call) -> Op:
-    if _is_bool(call["x"]):
+    if _is_bool(call, call["x"]):
         return Op("pointwise", (node_of(call["x"]),), {"fn": "not"})
     if call.name == "logical_not":
         return Op("pointwise", (node_of(call["x"]), 0), {"fn": "eq"})
@@ -168,7 +169,7 @@ def _max_or_maximum(fn: str) -> Callable[[Call], Op]:
         if other is None and call.bound.get("dim") is None:
             rank = call.value(x).dim()
             return Op("reduce", (x,), {"fn": f"a{fn}", "dims": tuple(range(rank)), "keepdim": False})
-        if isinstance(other, fx.Node) and isinstance(example(other), torch.Tensor):
+        if isinstance(other, fx.Node) and isinstance(call.example(other), torch.Tensor):
             return Op("pointwise", (x, other), {"fn": f"{fn}imum"})
         raise Decline(f"{fn} over a dim is a pair of tensors")
 
@@ -176,21 +177,45 @@ def _max_or_maximum(fn: str) -> Callable[[Call], Op]:
 
 
 _UNARY = {
-    "neg": "neg negative __neg__", "exp": "exp", "log": "log", "log1p": "log1p", "expm1": "expm1", "sqrt": "sqrt", "rsqrt": "rsqrt",
+    "neg": "neg negative __neg__", "exp": "exp", "log": "log", "log1p": "log1p", "expm1": "expm1", "sqrt": "sqrt",
+    "rsqrt": "rsqrt",
     "reciprocal": "reciprocal", "abs": "abs absolute __abs__", "sign": "sign sgn", "tanh": "tanh F.tanh", "erf": "erf",
     "sigmoid": "sigmoid F.sigmoid expit", "sin": "sin", "cos": "cos", "floor": "floor", "logsigmoid": "logsigmoid",
 }  # fmt: skip
 _INPLACE_UNARY = {"silu": "silu", "relu": "relu F.relu", "mish": "mish", "hardswish": "hardswish"}
 _BINARY = {
-    "add": "add __add__", "sub": "sub subtract __sub__", "mul": "mul multiply __mul__", "div": "div divide true_divide truediv __truediv__",
+    "add": "add __add__", "sub": "sub subtract __sub__", "mul": "mul multiply __mul__",
+    "div": "div divide true_divide truediv __truediv__",
     "pow": "pow __pow__",
-    "maximum": "maximum", "minimum": "minimum", "gt": "gt greater __gt__", "ge": "ge greater_equal __ge__", "lt": "lt less __lt__",
+    "maximum": "maximum", "minimum": "minimum",
+    "gt": "gt greater __gt__", "ge": "ge greater_equal __ge__", "lt": "lt less __lt__",
     "le": "le less_equal __le__", "eq": "eq __eq__", "ne": "ne not_equal __ne__",
 }  # fmt: skip
 _NEUTRAL = {"add": 0.0, "sub": 0.0, "mul": 1.0, "div": 1.0, "pow": 1.0}
-_BOOLEAN = {"and": "and_ bitwise_and logical_and __and__", "or": "or_ bitwise_or logical_or __or__", "ne": "xor bitwise_xor logical_xor __xor__"}
+_BOOLEAN = {
+    "and": "and_ bitwise_and logical_and __and__",
+    "or": "or_ bitwise_or logical_or __or__",
+    "ne": "xor bitwise_xor logical_xor __xor__",
+}
 _CONVERT = "to type_as type _to_copy float double half bfloat16 int long short bool byte char cuda cpu"
-_REFLECTED = {"add": "__radd__", "sub": "rsub __rsub__", "mul": "__rmul__", "div": "__rtruediv__ __rdiv__", "pow": "__rpow__"}
+_CONVERSION_OPTIONS = (
+    "device",
+    "dtype",
+    "non_blocking",
+    "copy",
+    "memory_format",
+    "other",
+    "layout",
+    "pin_memory",
+    "tensor",
+)
+_REFLECTED = {
+    "add": "__radd__",
+    "sub": "rsub __rsub__",
+    "mul": "__rmul__",
+    "div": "__rtruediv__ __rdiv__",
+    "pow": "__rpow__",
+}
 
 
 def _rows() -> dict[str, Row]:
@@ -225,8 +250,7 @@ def _rows() -> dict[str, Row]:
     put("where", "condition x other", _where, x=None, other=None)
     put(".where", "x condition other", _where)
     put("masked_fill", "x mask value", _masked_fill)
-    put(_CONVERT, "x *rest", convert, device=None, dtype=None, non_blocking=False, copy=False, memory_format=None, other=None,
-        layout=None, pin_memory=None, tensor=None)  # fmt: skip
+    put(_CONVERT, "x *rest", convert, **dict.fromkeys(_CONVERSION_OPTIONS))
     put("contiguous alias", "x", _same, memory_format=None)
     put("clone", "x", _clone, memory_format=None)
     put("detach", "x", _detach)

@@ -10,7 +10,7 @@ from torch import fx
 
 from slothc.patterns.meaning import Op
 
-from .spellings_call import Call, Decline, Row, example, node_of, same_shape
+from .spellings_call import Call, Decline, Row, node_of, same_kind, same_shape
 
 
 def _identity_or(call: Call, op: Op) -> Op:
@@ -77,8 +77,14 @@ def _expand(call: Call) -> Op:
 
 def attribute(call: Call) -> Op:
     """``getattr(tensor, name)``."""
-    make = {"T": _t, "mT": _matrix_t, "data": lambda c: Op("detach", (c["x"],)), "real": _complex("real"), "imag": _complex("imag")}
-    if call["name"] not in make or example(call["x"]) is None:
+    make = {
+        "T": _t,
+        "mT": _matrix_t,
+        "data": lambda c: Op("detach", (c["x"],)),
+        "real": _complex("real"),
+        "imag": _complex("imag"),
+    }
+    if call["name"] not in make or call.example(call["x"]) is None:
         raise Decline(f"attribute {call['name']}")
     return make[call["name"]](call)
 
@@ -86,19 +92,29 @@ def attribute(call: Call) -> Op:
 def getitem(call: Call) -> Op:
     """``x[items]``: an item of a tuple, a basic index of a tensor; anything else is declined."""
     x, key = node_of(call["x"]), call["key"]
-    value = example(x)
+    value = call.example(x)
     if not isinstance(value, torch.Tensor):
         if not isinstance(key, int) or not isinstance(call.out, torch.Tensor):
             raise Decline("item of something that is not a tuple")
         return Op("item", (x,), {"number": key})
-    items = _items(key if isinstance(key, tuple | list) else (key,), value)
-    return _indexed(call, x, items)
+    items = key if isinstance(key, tuple) else (key,)
+    if _keeps_all(items) and same_kind(value, call.out):
+        return Op("identity", (x,))
+    return _indexed(call, x, _items(items, value))
+
+
+def _keeps_all(items: tuple[Any, ...]) -> bool:
+    """Whether a result of the same shape must be the same values: slices of step 1 only, wherever they end."""
+    return all(item is Ellipsis or (isinstance(item, slice) and item.step in (None, 1)) for item in items)
 
 
 def _items(key: Any, value: torch.Tensor) -> tuple[Any, ...]:
-    """One item per input dim (None: a new dim), Ellipsis and missing dims filled in, ints non-negative where the size is known."""
+    """One item per input dim (None: a new dim), Ellipsis and missing dims filled in; see ``_plain_item``."""
     given = list(key)
-    if any(isinstance(item, bool) or not (item is None or item is Ellipsis or isinstance(item, int | slice)) for item in given):
+    if any(
+        isinstance(item, bool) or not (item is None or item is Ellipsis or isinstance(item, int | slice))
+        for item in given
+    ):
         raise Decline("indexed by tensors or nodes")
     used = sum(1 for item in given if isinstance(item, int | slice))
     fill = [slice(None)] * (value.dim() - used)
@@ -109,7 +125,7 @@ def _items(key: Any, value: torch.Tensor) -> tuple[Any, ...]:
 
 
 def _plain_item(item: int | slice, size: Any) -> int | slice:
-    """With a known size: 0 <= int < size, and slices as explicit non-negative bounds, ``slice(None)`` for the whole dim."""
+    """With a known size: 0 <= int < size, slices have non-negative bounds, the whole dim is ``slice(None)``."""
     if isinstance(item, int):
         return item + size if item < 0 and isinstance(size, int) else item
     if not all(bound is None or isinstance(bound, int) for bound in (item.start, item.stop, item.step)):
@@ -170,7 +186,7 @@ def _stack(call: Call) -> Op:
 
 
 def _split(call: Call) -> Op:
-    x, parts = node_of(call["x"]), example(call.node)
+    x, parts = node_of(call["x"]), call.example(call.node)
     if not isinstance(parts, tuple | list) or not all(isinstance(part, torch.Tensor) for part in parts):
         raise Decline("split into unknown parts")
     dim = call.dim(call["dim"], call.value(x).dim())

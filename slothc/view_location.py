@@ -11,12 +11,17 @@ _ROOTS = ("site-packages/", "dist-packages/", "/src/")
 
 
 def location(node: fx.Node) -> str:
-    """``transformers/models/llama/modeling_llama.py:114 in forward`` from the last frame of the node's stack; else its name."""
+    """``transformers/models/llama/modeling_llama.py:114 in forward``, or the node's name where there is no stack.
+
+    The last frame that is not torch's own says it best.
+    """
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
     if not frames:
         return node.name
-    file, line, function = frames[-1]
-    return f"{short_path(file)}:{line} in {function}"
+    places = [(short_path(file), line, function) for file, line, function in frames]
+    theirs = [place for place in places if not place[0].startswith("torch/")]
+    path, line, function = (theirs or places)[-1]
+    return f"{path}:{line} in {function}"
 
 
 def short_path(path: str) -> str:
