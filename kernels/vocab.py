@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from slothc.gradients.vocabulary import Chain
 
 from .binding import DTYPE
-from .vocab_chunks import Gradients, Operands, Wants, gradients, losses_and_gradients
+from .vocab_chunks import Gradients, Operands, Wants, gradients, greatest, losses_and_gradients
 from .vocab_rows import Loss
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -53,6 +53,15 @@ def linear_logsumexp(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, cha
     _validate(hidden, weight, bias, None, spec)
     with torch.autocast(hidden.device.type, enabled=False):
         return _apply(hidden.reshape(-1, hidden.shape[-1]), weight, bias, None, spec).reshape(hidden.shape[:-1])
+
+
+@torch.no_grad()
+def linear_argmax(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, chain: str | None = None) -> Tensor:
+    """``chain(F.linear(hidden, weight, bias)).argmax(-1)`` in bounded memory: [...] int64 for hidden [..., D]."""
+    made = Chain.parse(chain if chain is not None else NAMES[hidden.dtype])
+    with torch.autocast(hidden.device.type, enabled=False):
+        ops = Operands.of(hidden.reshape(-1, hidden.shape[-1]), weight, bias, None, DTYPE[made.dtype])
+        return greatest(ops, made).reshape(hidden.shape[:-1])
 
 
 def _validate(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor | None, loss: Loss) -> None:

@@ -15,11 +15,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from slothc.gradients.vocabulary import Chain
+
+from .vocab_chain import processed
 from .vocab_matrix import linear_into, product_into
 from .vocab_rows import Loss, run_rows
 
 GPU_CHUNK_BYTES = 256 << 20
-CPU_CHUNK_BYTES = 32 << 20
+CPU_CHUNK_BYTES = 64 << 20
 """Bytes of one chunk's logits. A product with W reads all of W, so a chunk must have rows enough to pay for that."""
 
 
@@ -85,6 +88,12 @@ def losses_and_gradients(ops: Operands, loss: Loss, wants: Wants) -> tuple[Tenso
         if any(wants):
             _add_chunk(grads, ops, start, stop, h, z)
     return _spread(losses, keep, whole), _spread_hidden(grads, keep, whole)
+
+
+def greatest(ops: Operands, chain: Chain) -> Tensor:
+    """The number of the greatest processed logit of every token, [n] int64."""
+    parts = [processed(z, chain).argmax(-1) for _, _, _, z in _chunks(ops)]
+    return torch.cat(parts) if parts else ops.hidden.new_empty(0, dtype=torch.int64)
 
 
 def gradients(ops: Operands, loss: Loss, upstream: Tensor, wants: Wants) -> Gradients:

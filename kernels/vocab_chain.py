@@ -1,0 +1,58 @@
+"""Logits and their chain as plain PyTorch operations, one for each step: what the graph did, for when logits are asked for after all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from slothc.gradients.vocabulary import FUNCTIONS, Chain
+
+from .binding import DTYPE
+
+STEPS: dict[str, Callable[..., Any]] = {
+    "cast": lambda z: z,
+    "neg": torch.neg,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "softplus": F.softplus,
+    "relu": torch.relu,
+    "abs": torch.abs,
+    "exp": torch.exp,
+    "add": torch.add,
+    "sub": torch.sub,
+    "rsub": torch.rsub,
+    "mul": torch.mul,
+    "div": torch.div,
+    "clamp": torch.clamp,
+}
+if STEPS.keys() != FUNCTIONS.keys():
+    raise ImportError(f"steps without a PyTorch operation or without a formula: {sorted(STEPS.keys() ^ FUNCTIONS.keys())}")
+
+
+def processed(z: Tensor, chain: Chain) -> Tensor:
+    """chain(z), rounded to each step's dtype."""
+    for step in chain.steps:
+        z = STEPS[step.fn](z, *step.numbers).to(DTYPE[step.dtype])
+    return z
+
+
+def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, chain: Chain) -> Tensor:
+    """chain(hidden W^T + b), [..., V]: what eager computes. Differentiable."""
+    dtype = DTYPE[chain.dtype]
+    with torch.autocast(hidden.device.type, enabled=False):
+        z = F.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+        return processed(z, chain)
+
+
+def picked(hidden: Tensor, weight: Tensor, bias: Tensor | None, chain: Chain, index: Tensor) -> Tensor:
+    """chain(hidden W^T + b) at ``index`` [..., k] of the vocabulary, by k dot products a token in fp32. Differentiable."""
+    dtype = DTYPE[chain.dtype]
+    with torch.autocast(hidden.device.type, enabled=False):
+        rows = weight.to(dtype)[index].float()
+        z = (hidden.to(dtype).float().unsqueeze(-2) * rows).sum(-1)
+        z = z if bias is None else z + bias.to(dtype)[index].float()
+        return processed(z.to(dtype), chain)

@@ -1,0 +1,194 @@
+"""Logits that are made when somebody looks at them.
+
+A ``LazyLogits`` stands for chain(hidden W^T + b): it knows its shape, dtype and device, and makes itself, once, with the operations the
+graph had, when a value is used. It has a gradient function as the real logits would: autograd passes through it, built or not.
+
+- ``requires_grad``, ``grad_fn`` and ``is_leaf`` are those of a non-leaf result; ``grad_fn`` is this class's own node, not AddmmBackward.
+- ``repr`` and metadata never build it. Casts, scales, tanh, detach, views and slices of the leading dimensions give another
+  ``LazyLogits``; losses, logsumexp, argmax and gathers are computed chunk by chunk (``lazy_functions``). Anything else builds it.
+- A parameter that an optimizer changed in the meantime would give other logits than eager kept: then building raises ``StaleLogits``.
+- Copies, pickles and ``torch.save`` hold a plain tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from slothc.gradients.vocabulary import Chain
+from slothc.kernels.binding import DTYPE
+from slothc.kernels.vocab_chain import logits as build_logits
+
+
+class StaleLogits(RuntimeError):
+    """The logits are asked for after something they are made of was changed in place."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """hidden [..., D], weight [V, D], bias [V] or None; ``normalised``: log_softmax over V, in ``dtype``, after the chain."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    chain: Chain
+    normalised: torch.dtype | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return tuple(t for t in (self.hidden, self.weight, self.bias) if t is not None)
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((*self.hidden.shape[:-1], self.weight.shape[0]))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.normalised or DTYPE[self.chain.result]
+
+    def build(self) -> Tensor:
+        """The tensor itself, by the operations that the graph had."""
+        with torch.enable_grad():
+            z = build_logits(self.hidden, self.weight, self.bias, self.chain)
+            return z if self.normalised is None else torch.log_softmax(z, -1, dtype=self.normalised)
+
+    def detached(self) -> Recipe:
+        return replace(self, hidden=self.hidden.detach(), weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """The lazy tensor that another came from: ``step`` gives the one's value from the other's; ``view``: they share memory."""
+
+    parent: LazyLogits
+    step: Callable[[Tensor], Tensor]
+    view: bool
+
+
+class LazyLogits(Tensor):
+    """See the module. Made by ``lazy_logits``; ``materialize()`` builds it."""
+
+    _recipe: Recipe
+    _origin: _Origin | None
+    _real: Tensor | None
+    _versions: tuple[int | None, ...]
+    _real_version: int
+
+    @staticmethod
+    def _make(recipe: Recipe, origin: _Origin | None) -> LazyLogits:
+        """The wrapper, without a place in the autograd graph."""
+        made = Tensor._make_wrapper_subclass(LazyLogits, recipe.shape, dtype=recipe.dtype, device=recipe.hidden.device)
+        made._recipe, made._origin, made._real, made._real_version = recipe, origin, None, 0
+        made._versions = tuple(map(_version, recipe.tensors))
+        return made
+
+    @staticmethod
+    def of(recipe: Recipe, origin: _Origin | None = None) -> LazyLogits:
+        """The lazy tensor of ``recipe``. Outside grad mode it takes no part in autograd, as a result there would not."""
+        if not torch.is_grad_enabled() or not any(t.requires_grad for t in recipe.tensors):
+            return LazyLogits._make(recipe.detached(), origin)
+        return _Node.apply(recipe.hidden, recipe.weight, recipe.bias, recipe, origin)
+
+    @property
+    def recipe(self) -> Recipe:
+        return self._recipe
+
+    @property
+    def materialized(self) -> bool:
+        """Whether the logits exist."""
+        return self._real is not None
+
+    def materialize(self) -> Tensor:
+        """The real tensor, with eager's values and gradients; built at the first call. Raises ``StaleLogits``."""
+        if self._real is None:
+            self._real = self._build()
+            self._real_version = _version(self._real) or 0
+        return self._real
+
+    def _build(self) -> Tensor:
+        origin = self._origin
+        if origin is not None and origin.parent._real is not None:
+            unchanged = (_version(origin.parent._real) or 0) == origin.parent._real_version
+            if origin.view or unchanged:
+                with torch.set_grad_enabled(any(t.requires_grad for t in self._recipe.tensors)):
+                    return origin.step(origin.parent._real)
+        if tuple(map(_version, self._recipe.tensors)) != self._versions:
+            raise StaleLogits(
+                "these logits were not built while the step ran, and the weight or hidden states they come from have been changed in place "
+                "since (by an optimizer step?). Use outputs.logits before that, or keep outputs.logits.clone().materialize()"
+            )
+        return self._recipe.build()
+
+    def _materialize_shared(self) -> Tensor:
+        """The real tensor as part of the memory of what it is a view of: for writing."""
+        if self._real is None and self._origin is not None and self._origin.view:
+            self._origin.parent._materialize_shared()
+        return self.materialize()
+
+    def derive(self, step: Callable[[Tensor], Tensor], *, view: bool, **changes: Any) -> LazyLogits:
+        """Another lazy tensor: this one's recipe with ``changes``; ``step`` does the same to a real tensor."""
+        return LazyLogits.of(replace(self._recipe, **changes), _Origin(self, step, view))
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        if self._real is not None:
+            return repr(self._real)
+        grad = f", grad_fn=<{type(self.grad_fn).__name__}>" if self.grad_fn is not None else ""
+        return f"LazyLogits(..., size={tuple(self.shape)}, dtype={self.dtype}, device='{self.device}'{grad})"
+
+    @classmethod
+    @torch.compiler.disable                                                # a compiler that meets one runs this code; it cannot trace it
+    def __torch_function__(cls, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        from . import lazy_functions
+
+        return lazy_functions.call(func, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+            lazy = args[0]
+            return LazyLogits._make(lazy._recipe.detached(), _Origin(lazy, torch.Tensor.detach, True))
+
+        def real(value: Any) -> Any:
+            return value.materialize().detach() if isinstance(value, LazyLogits) else value
+
+        return func(*tree_map(real, args), **tree_map(real, kwargs or {}))
+
+
+class _Node(torch.autograd.Function):
+    """The place of unbuilt logits in the autograd graph, for what reaches them below Python (a custom Function, a C++ op)."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, recipe: Recipe, origin: _Origin | None) -> LazyLogits:
+        ctx.recipe = recipe
+        return LazyLogits._make(recipe, origin)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        recipe: Recipe = ctx.recipe
+        wanted = [t for t, needed in zip((recipe.hidden, recipe.weight, recipe.bias), ctx.needs_input_grad) if needed]
+        found = iter(torch.autograd.grad(recipe.build(), wanted, upstream))
+        return (*(next(found) if needed else None for needed in ctx.needs_input_grad[:3]), None, None)
+
+
+def _version(t: Tensor) -> int | None:
+    return None if t.is_inference() else t._version
+
+
+def lazy_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, chain: str | None = None) -> Tensor:
+    """chain(hidden W^T + b), [..., V], not built yet. hidden [..., D], weight [V, D], bias [V] or None.
+
+    ``chain``: the text of a ``gradients.vocabulary.Chain`` (default: nothing, in hidden's dtype). For tensors that are not plain (fake ones,
+    while another compiler traces) and on the meta device it is the ordinary result.
+    """
+    from slothc.kernels.vocab import NAMES
+
+    recipe = Recipe(hidden, weight, bias, Chain.parse(chain if chain is not None else NAMES[hidden.dtype]))
+    plain = all(type(t) in (Tensor, torch.nn.Parameter) and t.device.type != "meta" for t in recipe.tensors)
+    if not plain or torch.compiler.is_compiling():
+        return build_logits(hidden, weight, bias, recipe.chain)
+    return LazyLogits.of(recipe)
