@@ -1,11 +1,11 @@
-"""Matrix calculus: gradients of sums of matrix products, the cheapest way to multiply them, and the products they share.
+"""Matrix calculus: gradients of sums of matrix products, and the cheapest products that make them.
 
-The forward is a sympy matrix expression Y of ``MatrixSymbol`` operands (sums, products, transposes, scalar factors, and vectors of
-ones for broadcasts). With G the gradient of Y, the gradient of an operand Z is d Trace(G' Y) / dZ, which sympy differentiates.
-Three things then turn formulas into a program of few products:
+The forward is a sympy matrix expression Y of ``MatrixSymbol`` operands (sums, products, transposes, scalar factors,
+and vectors of ones for broadcasts). With G the gradient of Y, the gradient of an operand Z is d Trace(G' Y) / dZ,
+which sympy differentiates. Three things then turn formulas into a program of few products:
 
-- *association*: each chain of factors is multiplied in the order that costs the fewest FLOPs (2 m k n for [m, k] [k, n]), found by
-  dynamic programming over the chain for given sizes;
+- *association*: each chain of factors is multiplied in the order that costs the fewest FLOPs (2 m k n for [m, k] [k,
+  n]), found by dynamic programming over the chain for given sizes;
 - *sharing*: a product that is already known, or whose transpose is, costs nothing and is not made again;
 - *order*: a sum adds its cheapest product first, so that the dearest one can accumulate onto the rest and round once.
 
@@ -17,9 +17,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import cache, cached_property
-from random import Random
 
 import sympy as sp
 
@@ -29,7 +27,7 @@ SIZES = {"M": 4096, "K": 4096, "N": 4096, "r": 16}
 
 @dataclass(frozen=True)
 class Factor:
-    """An operand or an intermediate by name, or its transpose; ``ONES`` names the column of ones, one for each row of Y."""
+    """An operand or an intermediate, or its transpose; ``ONES`` is the column of ones, one for each row of Y."""
 
     name: str
     transposed: bool = False
@@ -64,7 +62,7 @@ class Term:
 
 @dataclass(frozen=True)
 class Step:
-    """name = sum of terms, a matrix of shape ``rows`` x ``cols``; terms are in the order to add them, cheapest first."""
+    """name = sum of terms, of shape ``rows`` x ``cols``; terms are in the order to add them, cheapest first."""
 
     name: str
     rows: sp.Expr
@@ -80,7 +78,8 @@ class MatrixPlan:
     """What to multiply, in order. ``forward`` ends with Y; ``backward`` starts from G and makes the gradients.
 
     ``gradients``: (operand, step that is its gradient). ``saved``: forward intermediates that the backward reads.
-    ``shapes``: rows and columns of every operand and step; ``rows`` is the row size of Y, the one summed over by gradients of weights.
+    ``shapes``: rows and columns of every operand and step; ``rows`` is the row size of Y, the one summed over by
+    gradients of weights.
     """
 
     expression: sp.MatrixExpr
@@ -110,21 +109,21 @@ class MatrixPlan:
         return _needed(self.backward, wanted)
 
     def evaluate(self, values: Mapping[str, sp.MatrixBase], scalars: Mapping[str, sp.Expr]) -> dict[str, sp.MatrixBase]:
-        """Every step's value in exact arithmetic, from the operands', G's and the scalars' values. No torch: a witness."""
+        """Every step's value from the operands', G's and the scalars' values, in exact arithmetic."""
         known = dict(values)
         known.setdefault(ONES, sp.ones(known["G"].rows, 1))
         at = {sp.Symbol(k, real=True): v for k, v in scalars.items()}
         for step in self.forward + self.backward:
             total = None
             for term in step.terms:
-                product = sp.Mul(1, term.coefficient.subs(at)) * _read(term.left, known)
-                product = product if term.right is None else product * _read(term.right, known)
+                product = sp.Mul(1, term.coefficient.subs(at)) * read(term.left, known)
+                product = product if term.right is None else product * read(term.right, known)
                 total = product if total is None else total + product
             known[step.name] = total
         return known
 
     def text(self) -> str:
-        """Formula, derived gradients, and the products in the order they are made. ``'`` is a transpose, ``1`` a column of ones."""
+        """Formula, gradients, products in the order they are made; ``'`` transposes, ``1`` is a column of ones."""
         lines = ["formula", f"  Y = {_plain(self.expression)}", "gradients (G is the gradient of Y)"]
         lines += [f"  d{name} = {_plain(formula)}" for name, formula in self.formulas]
         lines += ["forward"] + [f"  {step}" for step in self.forward]
@@ -139,10 +138,12 @@ class MatrixPlan:
 
 
 def _plain(expression: sp.MatrixExpr) -> str:
-    return " + ".join(" ".join(([sp.sstr(c)] if c != 1 else []) + [str(f) for f in chain]) for c, chain in _chains(expression))
+    return " + ".join(
+        " ".join(([sp.sstr(c)] if c != 1 else []) + [str(f) for f in chain]) for c, chain in chains(expression)
+    )
 
 
-def _read(factor: Factor, known: Mapping[str, sp.MatrixBase]) -> sp.MatrixBase:
+def read(factor: Factor, known: Mapping[str, sp.MatrixBase]) -> sp.MatrixBase:
     return known[factor.name].T if factor.transposed else known[factor.name]
 
 
@@ -172,15 +173,15 @@ def _factor(matrix: sp.MatrixExpr) -> Factor:
     raise ValueError(f"matrix plan: {matrix!r} is not a symbol, a transposed symbol or a vector of ones")
 
 
-def _chains(expression: sp.MatrixExpr) -> list[tuple[sp.Expr, tuple[Factor, ...]]]:
+def chains(expression: sp.MatrixExpr) -> list[tuple[sp.Expr, tuple[Factor, ...]]]:
     """The expression as a sum of coefficient * product of factors."""
     expression = expression.doit().expand().doit()
     terms = expression.args if isinstance(expression, sp.MatAdd) else (expression,)
-    chains = []
+    found = []
     for term in terms:
         coefficient, matrices = term.as_coeff_matrices() if isinstance(term, sp.MatMul) else (sp.Integer(1), [term])
-        chains.append((sp.simplify(coefficient), tuple(_factor(m) for m in matrices)))
-    return chains
+        found.append((sp.simplify(coefficient), tuple(_factor(m) for m in matrices)))
+    return found
 
 
 Tree = Factor | tuple["Tree", "Tree"]
@@ -189,7 +190,9 @@ Tree = Factor | tuple["Tree", "Tree"]
 class _Products:
     """The products made so far, and the cheapest tree for a new chain given them."""
 
-    def __init__(self, shapes: dict[str, tuple[sp.Expr, sp.Expr]], sizes: Mapping[sp.Symbol, int], shared: frozenset[Pair]) -> None:
+    def __init__(
+        self, shapes: dict[str, tuple[sp.Expr, sp.Expr]], sizes: Mapping[sp.Symbol, int], shared: frozenset[Pair]
+    ) -> None:
         self.shapes, self.sizes, self.shared = shapes, sizes, shared
         self.names: dict[Pair, Factor] = {}
         self.steps: list[Step] = []
@@ -200,7 +203,7 @@ class _Products:
             return None
         if (left, right) in self.names:
             return self.names[left, right]
-        flipped = self.names.get((right.t, left.t))                 # (l r)' = r' l'
+        flipped = self.names.get((right.t, left.t))  # (l r)' = r' l'
         return flipped.t if flipped else None
 
     def flops(self, left: Factor, right: Factor, before: sp.Expr | None = None) -> int:
@@ -216,8 +219,12 @@ class _Products:
         for width in range(2, len(chain) + 1):
             for i in range(len(chain) - width + 1):
                 table[i, i + width] = min(
-                    (self._join(table[i, k], table[k, i + width], 2 * dims[i] * dims[k] * dims[i + width])
-                     for k in range(i + 1, i + width)), key=lambda found: found[0])
+                    (
+                        self._join(table[i, k], table[k, i + width], 2 * dims[i] * dims[k] * dims[i + width])
+                        for k in range(i + 1, i + width)
+                    ),
+                    key=lambda found: found[0],
+                )
         return table[0, len(chain)][1]
 
     def _join(self, left: tuple[int, Tree], right: tuple[int, Tree], cost: int) -> tuple[int, Tree]:
@@ -249,7 +256,7 @@ class _Products:
 
     def result(self, name: str, expression: sp.MatrixExpr) -> None:
         """Add the step name = expression."""
-        terms = [self.term(c, chain) for c, chain in _chains(expression)]
+        terms = [self.term(c, chain) for c, chain in chains(expression)]
         terms.sort(key=lambda t: (self.flops(t.left, t.right) if t.right else 0, str(t)))
         self.shapes[name] = tuple(expression.shape)
         self.steps.append(Step(name, *expression.shape, tuple(terms)))
@@ -269,8 +276,8 @@ def matrix_plan(
     """The plan of Y = ``expression`` and of its gradients with respect to ``wrt``.
 
     ``sizes``: a number for every size symbol by name, used only to compare costs (default ``SIZES``).
-    Raises ValueError for a factor that is not a symbol, its transpose or a vector of ones, for an operand called G, Y or like a
-    gradient, and for a size that has no number.
+    Raises ValueError for a factor that is not a symbol, its transpose or a vector of ones, for an operand called G, Y
+    or like a gradient, and for a size that has no number.
     """
     wrt = tuple(wrt)
     operands = sorted(expression.atoms(sp.MatrixSymbol), key=lambda m: m.name)
@@ -283,7 +290,7 @@ def matrix_plan(
     numbers = _numbers(expression, sizes or SIZES)
     shapes = {m.name: tuple(m.shape) for m in (*operands, G)} | {ONES: (expression.shape[0], sp.Integer(1))}
     shared: frozenset[Pair] = frozenset()
-    for _ in range(2):                                              # the second round knows which whole terms occur twice
+    for _ in range(2):  # the second round knows which whole terms occur twice
         made = _Products(dict(shapes), numbers, shared)
         made.result("Y", expression)
         split = len(made.steps)
@@ -292,24 +299,34 @@ def matrix_plan(
         shared = _repeated(made.steps)
     forward, backward = tuple(made.steps[:split]), tuple(made.steps[split:])
     read = {f.name for s in backward for t in s.terms for f in t.factors}
-    scalars = sorted(s.name for s in expression.free_symbols - set(expression.atoms(sp.MatrixSymbol)) if s.name not in _size_names(expression))
+    scalars = sorted(
+        s.name
+        for s in expression.free_symbols - set(expression.atoms(sp.MatrixSymbol))
+        if s.name not in _size_names(expression)
+    )
     return MatrixPlan(
-        expression, formulas, tuple(scalars), forward, backward, tuple((m.name, f"d{m.name}") for m in wrt),
-        tuple(s.name for s in forward if s.name in read), tuple(made.shapes.items()),
+        expression,
+        formulas,
+        tuple(scalars),
+        forward,
+        backward,
+        tuple((m.name, f"d{m.name}") for m in wrt),
+        tuple(s.name for s in forward if s.name in read),
+        tuple(made.shapes.items()),
     )
 
 
-def _size_symbols(expression: sp.MatrixExpr) -> set[sp.Symbol]:
+def size_symbols(expression: sp.MatrixExpr) -> set[sp.Symbol]:
     leaves = expression.atoms(sp.MatrixSymbol) | expression.atoms(sp.OneMatrix)
     return {s for m in leaves for d in m.shape for s in sp.sympify(d).free_symbols}
 
 
 def _size_names(expression: sp.MatrixExpr) -> set[str]:
-    return {s.name for s in _size_symbols(expression)}
+    return {s.name for s in size_symbols(expression)}
 
 
 def _numbers(expression: sp.MatrixExpr, sizes: Mapping[str, int]) -> dict[sp.Symbol, int]:
-    symbols = _size_symbols(expression)
+    symbols = size_symbols(expression)
     missing = sorted(s.name for s in symbols if s.name not in sizes)
     if missing:
         raise ValueError(f"matrix plan: no number is given for the sizes {missing}")
@@ -328,8 +345,8 @@ def _repeated(steps: Iterable[Step]) -> frozenset[Pair]:
 def lora_plan(layout: str = "nk", bias: bool = True, shared: bool = True) -> MatrixPlan:
     """The low-rank adapted linear: Y = X W' + 1 b' + s (Xa A') B', with its derived gradients.
 
-    X [M, K], W [N, K] (``layout`` "nk") or [K, N] ("kn"), b [N, 1] if ``bias``, A [r, K], B [N, r], s a scalar. ``shared``: the adapter
-    reads X itself; else Xa [M, K], say dropout(X), which then has a gradient of its own.
+    X [M, K], W [N, K] (``layout`` "nk") or [K, N] ("kn"), b [N, 1] if ``bias``, A [r, K], B [N, r], s a scalar.
+    ``shared``: the adapter reads X itself; else Xa [M, K], say dropout(X), which then has a gradient of its own.
     """
     if layout not in ("nk", "kn"):
         raise ValueError(f"lora plan: layout {layout!r} is not one of nk, kn")
@@ -343,50 +360,3 @@ def lora_plan(layout: str = "nk", bias: bool = True, shared: bool = True) -> Mat
         Y = Y + sp.OneMatrix(M, 1) * b.T
     operands = [X] + ([] if shared else [Xa]) + [A, B, W] + ([b] if bias else [])
     return matrix_plan(Y, operands)
-
-
-def witness(plan: MatrixPlan, sizes: Mapping[str, int], seed: int = 0) -> dict[str, sp.Expr]:
-    """The largest difference of each derived gradient from an exact central difference of Trace(G' Y), in rational arithmetic.
-
-    Y is a polynomial; where it is at most quadratic in each single element the central difference is exact, so zero is expected.
-    Y is evaluated from the formula itself, not from the plan's products, and without torch.
-    """
-    random = Random(seed)
-    numbers = {s: sizes[s.name] for s in _size_symbols(plan.expression)}
-    symbols = {m.name: m for m in plan.expression.atoms(sp.MatrixSymbol)}
-    values = {n: _draw(random, *(int(sp.sympify(d).subs(numbers)) for d in m.shape)) for n, m in symbols.items()}
-    scalars = {n: sp.Rational(random.randint(1, 9), 4) for n in plan.scalars}
-    values["G"] = _draw(random, *(int(sp.sympify(d).subs(numbers)) for d in plan.expression.shape))
-    found = plan.evaluate(values, scalars)
-    return {name: _largest_gap(plan, name, values, scalars, found[step]) for name, step in plan.gradients}
-
-
-def _draw(random: Random, rows: int, cols: int) -> sp.MatrixBase:
-    return sp.Matrix(rows, cols, lambda i, j: sp.Rational(*Fraction(random.randint(-9, 9), random.randint(1, 5)).as_integer_ratio()))
-
-
-def _largest_gap(
-    plan: MatrixPlan, name: str, values: Mapping[str, sp.MatrixBase], scalars: Mapping[str, sp.Expr], gradient: sp.MatrixBase
-) -> sp.Expr:
-    gap = sp.Integer(0)
-    for i in range(gradient.rows):
-        for j in range(gradient.cols):
-            step = sp.zeros(*gradient.shape)
-            step[i, j] = 1
-            up, down = (_traced(plan, {**values, name: values[name] + d}, scalars) for d in (step, -step))
-            gap = max(gap, abs((up - down) / 2 - gradient[i, j]))
-    return gap
-
-
-def _traced(plan: MatrixPlan, values: Mapping[str, sp.MatrixBase], scalars: Mapping[str, sp.Expr]) -> sp.Expr:
-    """Trace(G' Y) with Y from the formula's chains."""
-    G = values["G"]
-    known = {**values, ONES: sp.ones(G.rows, 1)}
-    at = {sp.Symbol(k, real=True): v for k, v in scalars.items()}
-    total = sp.zeros(*G.shape)
-    for coefficient, chain in _chains(plan.expression):
-        product = _read(chain[0], known)
-        for factor in chain[1:]:
-            product = product * _read(factor, known)
-        total = total + coefficient.subs(at) * product
-    return sum(g * y for g, y in zip(G, total))

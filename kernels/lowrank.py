@@ -1,9 +1,10 @@
 """LoRA linear: base and adapter summed in one fp32 accumulator and rounded once, forward and backward.
 
-What is multiplied comes from ``gradients.matrix.lora_plan``: formulas differentiated by sympy, associated by cost, shared products
-made once. This file only runs plans: each step is a ``products.total`` or ``products.product`` of named tensors. The cheapest
-term of a sum (the adapter's) is made first and the base GEMM accumulates onto it, so the adapter's delta is rounded relative to
-itself, never to the base, whose half ulp is larger than most deltas early in training.
+What is multiplied comes from ``gradients.matrix.lora_plan``: formulas differentiated by sympy, associated by cost,
+shared products made once. This file only runs plans: each step is a ``products.total`` or ``products.product`` of
+named tensors. The cheapest term of a sum (the adapter's) is made first and the base GEMM accumulates onto it, so the
+adapter's delta is rounded relative to itself, never to the base, whose half ulp is larger than most deltas early in
+training.
 """
 
 from __future__ import annotations
@@ -16,13 +17,12 @@ from typing import Any
 
 import sympy as sp
 import torch
-from torch.autograd.function import once_differentiable
-
 from slothc.gradients.matrix import ONES, MatrixPlan, Step, lora_plan
+from torch.autograd.function import once_differentiable
 
 from .products import LOW, Matrix, Ones, product, total
 
-OPERANDS = ("X", "Xa", "W", "b", "A", "B")    # the order of the tensor arguments
+OPERANDS = ("X", "Xa", "W", "b", "A", "B")  # the order of the tensor arguments
 LAYOUTS = ("nk", "kn")
 
 
@@ -54,7 +54,9 @@ class _Run:
     long: bool
     operand: str | None
 
-    def __call__(self, env: Mapping[str, Matrix], scale: float, dtype: torch.dtype | None, strict: bool = False) -> torch.Tensor:
+    def __call__(
+        self, env: Mapping[str, Matrix], scale: float, dtype: torch.dtype | None, strict: bool = False
+    ) -> torch.Tensor:
         terms = [t.read(env, scale) for t in self.terms]
         if len(terms) == 1:
             alpha, left, right = terms[0]
@@ -100,7 +102,9 @@ class _Form:
     adapter: torch.dtype
     layout: str
 
-    def env(self, x: torch.Tensor, xa: torch.Tensor | None, tensors: Mapping[str, torch.Tensor | None]) -> dict[str, Matrix]:
+    def env(
+        self, x: torch.Tensor, xa: torch.Tensor | None, tensors: Mapping[str, torch.Tensor | None]
+    ) -> dict[str, Matrix]:
         """Operands as matrices in their compute dtypes."""
         env: dict[str, Matrix] = {"X": _rows(x).to(self.low)}
         if xa is not None:
@@ -136,14 +140,21 @@ def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
 
 def _form(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, out: Any, adapter: Any, layout: str) -> _Form:
     low = out or weight.dtype
-    if adapter is None:                                   # a base that is cast (autocast) has its adapter cast with it
+    if adapter is None:  # a base that is cast (autocast) has its adapter cast with it
         adapter = low if weight.dtype is not low else torch.promote_types(a.dtype, b.dtype)
     return _Form(low, torch.promote_types(low, adapter) if adapter not in LOW or low not in LOW else low, layout)
 
 
 def _forward(
-    x: torch.Tensor, xa: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor,
-    scale: float, form: _Form, wanted: tuple[str, ...],
+    x: torch.Tensor,
+    xa: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scale: float,
+    form: _Form,
+    wanted: tuple[str, ...],
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """The result [..., N] and the intermediates that the gradients of ``wanted`` read."""
     program = _program(form.layout, bias is not None, xa is None, wanted)
@@ -166,7 +177,9 @@ class _LoraLinear(torch.autograd.Function):
         reads = _program(*ctx.key).reads
         ctx.shapes = (x.shape, x.dtype, None if xa is None else xa.dtype, None if bias is None else bias.dtype)
         ctx.dtypes = {"W": weight.dtype, "A": a.dtype, "B": b.dtype, "b": bias.dtype if bias is not None else None}
-        ctx.save_for_backward(*(t if n in reads else None for n, t in zip(OPERANDS, (x, xa, weight, None, a, b))), *kept)
+        ctx.save_for_backward(
+            *(t if n in reads else None for n, t in zip(OPERANDS, (x, xa, weight, None, a, b))), *kept
+        )
         return y
 
     @staticmethod
@@ -208,7 +221,9 @@ def _operands(form: _Form, grad: torch.Tensor, saved: Mapping[str, torch.Tensor 
 def _gradient_dtype(
     operand: str | None, form: _Form, dtypes: Mapping[str, torch.dtype | None], xa: torch.dtype | None
 ) -> torch.dtype | None:
-    """A weight's gradient is made in the weight's own dtype, x's in the compute dtype; intermediates in their operands' widest."""
+    """A weight's gradient is made in the weight's own dtype, x's in the compute dtype; intermediates in their
+    operands' widest.
+    """
     if operand is None:
         return None
     if operand == "X":
@@ -216,15 +231,30 @@ def _gradient_dtype(
     return xa if operand == "Xa" else dtypes[operand]
 
 
-def _check(x: torch.Tensor, xa: torch.Tensor | None, weight: torch.Tensor, bias: Any, a: torch.Tensor, b: torch.Tensor, layout: str) -> None:
+def _check(
+    x: torch.Tensor,
+    xa: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: Any,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    layout: str,
+) -> None:
     if layout not in LAYOUTS:
         raise ValueError(f"lora_linear: layout {layout!r} is not one of {', '.join(LAYOUTS)}")
     if not x.is_floating_point():
         raise TypeError(f"lora_linear: x is {x.dtype}; a floating-point tensor is needed")
     n, k = weight.shape if layout == "nk" else weight.shape[::-1]
-    if x.shape[-1] != k or a.shape[1] != k or b.shape[0] != n or a.shape[0] != b.shape[1] or (xa is not None and xa.shape != x.shape):
+    if (
+        x.shape[-1] != k
+        or a.shape[1] != k
+        or b.shape[0] != n
+        or a.shape[0] != b.shape[1]
+        or (xa is not None and xa.shape != x.shape)
+    ):
         raise ValueError(
-            f"lora_linear: x {tuple(x.shape)}, weight {tuple(weight.shape)} ({layout}), a {tuple(a.shape)}, b {tuple(b.shape)} do not fit: "
+            f"lora_linear: x {tuple(x.shape)}, weight {tuple(weight.shape)} ({layout}), a {tuple(a.shape)}, "
+            f"b {tuple(b.shape)} do not fit: "
             "x and xa are [..., K], weight [N, K] for nk or [K, N] for kn, a [r, K], b [N, r]"
         )
     if bias is not None and bias.shape != (n,):
@@ -270,11 +300,11 @@ def lora_linear(
 ) -> torch.Tensor:
     """x W' + bias + scale * (xa A') B', summed in fp32 and rounded once to ``out_dtype``.
 
-    x [..., K]; xa [..., K] what the adapter reads, None for x itself; weight [N, K], or [K, N] for ``layout`` "kn"; bias [N] or None;
-    a [r, K]; b [N, r]. Any strides, zero tokens included. ``out_dtype`` (default: weight's) is what operands are cast to and the
-    result's dtype; ``adapter_dtype`` is what the adapter computes in (default: its own, or ``out_dtype`` where the base is cast).
-    Gradients are once differentiable. Raises ValueError for shapes or a layout that do not fit, TypeError for an integer x.
-    The backward is ``gradients.matrix.lora_plan``'s.
+    x [..., K]; xa [..., K] what the adapter reads, None for x itself; weight [N, K], or [K, N] for ``layout`` "kn";
+    bias [N] or None; a [r, K]; b [N, r]. Any strides, zero tokens included. ``out_dtype`` (default: weight's) is what
+    operands are cast to and the result's dtype; ``adapter_dtype`` is what the adapter computes in (default: its own,
+    or ``out_dtype`` where the base is cast). Gradients are once differentiable. Raises ValueError for shapes or a
+    layout that do not fit, TypeError for an integer x. The backward is ``gradients.matrix.lora_plan``'s.
     """
     if torch.compiler.is_compiling():
         return torch.ops.sloth.lora_linear(x, xa, weight, bias, a, b, scale, out_dtype, adapter_dtype, layout)

@@ -1,9 +1,10 @@
-"""Sums of matrix products with one rounding: each product is accumulated in fp32 and the sum is rounded to its dtype once.
+"""Sums of matrix products with one rounding: each product is accumulated in fp32 and the sum is rounded to its dtype
+once.
 
-Operands are fp32 or fp64, or a low dtype (bf16, fp16), mixed freely. A GEMM that accumulates onto a low-precision tensor adds that
-tensor in fp32 and rounds the sum (cuBLAS epilogues, oneDNN post-ops), so ``y += a b`` costs one rounding of y, not two. An fp32
-operand next to bf16 ones is split, v = hi + lo with hi = bf16(v) and lo = bf16(v - hi), which keeps 16 of its 24 bits: the GEMM
-stays in bf16 (|v - hi - lo| <= 2^-17 |v|), with fp32 sums.
+Operands are fp32 or fp64, or a low dtype (bf16, fp16), mixed freely. A GEMM that accumulates onto a low-precision
+tensor adds that tensor in fp32 and rounds the sum (cuBLAS epilogues, oneDNN post-ops), so ``y += a b`` costs one
+rounding of y, not two. An fp32 operand next to bf16 ones is split, v = hi + lo with hi = bf16(v) and lo = bf16(v -
+hi), which keeps 16 of its 24 bits: the GEMM stays in bf16 (|v - hi - lo| <= 2^-17 |v|), with fp32 sums.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from functools import cache
 import torch
 
 LOW = (torch.bfloat16, torch.float16)
-ALIGN = 64    # columns; a GEMM's inner size in whole tiles
+ALIGN = 64  # columns; a GEMM's inner size in whole tiles
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,11 @@ def native(device: str, dtype: torch.dtype) -> bool:
     """Whether the device multiplies this dtype with fp32 accumulation and rounds once, accumulated tensor included."""
     if dtype not in LOW or device != "cpu":
         return True
-    return dtype is torch.bfloat16 and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return (
+        dtype is torch.bfloat16
+        and torch.backends.mkldnn.is_available()
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
 
 
 @cache
@@ -64,7 +69,9 @@ def _accepts(device: torch.device, probe: Callable[[torch.Tensor], torch.Tensor]
         return False
 
 
-def product(a: Matrix, b: Matrix, alpha: float = 1.0, dtype: torch.dtype | None = None, long: bool = False) -> torch.Tensor:
+def product(
+    a: Matrix, b: Matrix, alpha: float = 1.0, dtype: torch.dtype | None = None, long: bool = False
+) -> torch.Tensor:
     """alpha * a @ b for a [m, k], b [k, n], rounded once to ``dtype`` (default: the wider operand's).
 
     ``long``: the inner size counts tokens, so that even partial sums must stay in fp32.
@@ -103,8 +110,8 @@ def add_product(y: torch.Tensor, a: Matrix, b: Matrix, alpha: float = 1.0) -> to
 def total(terms: Sequence[Term], dtype: torch.dtype, strict: bool) -> torch.Tensor:
     """The sum of alpha * a @ b over ``terms`` (cheapest first, the last one a matrix product), as ``dtype``.
 
-    ``strict``: one rounding in all, whatever the terms are. Else every term but the last is rounded to ``dtype`` first, relative
-    to the terms before the last alone, and the last one accumulates onto them.
+    ``strict``: one rounding in all, whatever the terms are. Else every term but the last is rounded to ``dtype``
+    first, relative to the terms before the last alone, and the last one accumulates onto them.
     """
     rest = [t for t in terms if not isinstance(t[1], Ones)]
     if strict and dtype in LOW and _rounds(terms, rest, dtype):
@@ -136,7 +143,7 @@ def _strict(terms: Sequence[Term], dtype: torch.dtype) -> torch.Tensor:
     *_, (alpha, a, b) = terms
     m, k, n = a.shape[0], a.shape[1], b.shape[1]
     joins = dtype is torch.bfloat16 and native(a.device.type, dtype) and alpha == 1 and a.dtype == b.dtype == dtype
-    # joined: read and write both factors, 2 * 2 bytes; fp32 sum: write, read, write, read 4 bytes and round, instead of one write
+    # joined: both factors are read and written; fp32 sum: 4 bytes written, read, written and read, then rounded
     if joins and (not widens(a.device) or 4 * k * (m + n) <= 16 * m * n):
         return torch.mm(*_joined([p for t in terms for p in _pairs(*t, dtype)]))
     y = None
@@ -188,12 +195,14 @@ def _parts(v: torch.Tensor, low: torch.dtype) -> list[torch.Tensor]:
 
 
 def _pairs(alpha: float, a: Matrix, b: torch.Tensor, low: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Low-precision factors whose products sum to alpha * a @ b; the product of two low parts is below fp32's last bits of use."""
+    """Low-precision factors whose products sum to alpha * a @ b; the product of two low parts is below fp32's last
+    bits of use.
+    """
     if isinstance(a, Ones):
         a = torch.ones(a.rows, 1, dtype=low, device=b.device)
     lefts = [a] if a.dtype is low else _parts(a, low)
     if alpha != 1:
-        exact = b.dtype is low and abs(math.frexp(alpha)[0]) == 0.5     # a power of two only moves the exponent
+        exact = b.dtype is low and abs(math.frexp(alpha)[0]) == 0.5  # a power of two only moves the exponent
         b = b * alpha if exact else b.float() * alpha
     rights = [b] if b.dtype is low else _parts(b, low)
     return [(l, r) for i, l in enumerate(lefts) for j, r in enumerate(rights) if i + j < 2]
@@ -210,7 +219,9 @@ def _joined(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.T
 
 
 def _cat(tensors: Sequence[torch.Tensor], dim: int, like: torch.Tensor | None = None) -> torch.Tensor:
-    """cat along ``dim`` in the memory order of ``like`` (default: the first), so that a transposed weight is copied row by row."""
+    """cat along ``dim`` in the memory order of ``like`` (default: the first), so that a transposed weight is copied
+    row by row.
+    """
     like = tensors[0] if like is None else like
     if like.stride(0) == 1 and like.stride(1) != 1:
         return torch.cat([t.t() for t in tensors], 1 - dim).t()

@@ -14,7 +14,7 @@ from .meaning import View
 from .rule import Match, Miss, Sample, StructuralRule
 
 NAME = "lora_linear"
-MATH = "y = x W' + b + s (xa A') B',  xa = x or dropout(x),  A [r, K], B [N, r], r < min(N, K); summed in fp32, rounded once"
+MATH = "y = x W' + b + s (xa A') B',  xa = x or dropout(x),  A [r, K], B [N, r], r < min(N, K); rounded once"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -176,7 +176,9 @@ def _ends_later(view: View, node: fx.Node, dtype: torch.dtype) -> bool:
 
 
 def _leaves(view: View, node: fx.Node, inside: list[fx.Node]) -> tuple[fx.Node, ...]:
-    """The nodes that go: all of ``inside``; a cast of x that others read stays. Raises where an inner value is read outside."""
+    """The nodes that go: all of ``inside``; a cast of x that others read stays. Raises where an inner value is read
+    outside.
+    """
     nodes = list(dict.fromkeys([node, *inside]))
     while True:
         read = [n for n in nodes if n is not node and any(u not in nodes for u in view.users(n))]
@@ -204,11 +206,25 @@ def _match(view: View, node: fx.Node) -> Match | None:
     inside += base.inside + branch.inside
     xa = _adapter_input(view, base, branch, inside)
     _guard(view, base, branch, out)
-    x = base.x if view.value(base.x).shape[:-1] == view.value(node).shape[:-1] else _peel(view, base.x, [], reshapes=True)
+    x = (
+        base.x
+        if view.value(base.x).shape[:-1] == view.value(node).shape[:-1]
+        else _peel(view, base.x, [], reshapes=True)
+    )
     wide = torch.promote_types(view.value(branch.down).dtype, view.value(branch.up).dtype)
     return Match(
-        NAME, node, _leaves(view, node, inside),
-        {"x": x, "xa": xa, "weight": base.weight, "bias": base.bias, "a": branch.a, "b": branch.b, "scale": branch.scale},
+        NAME,
+        node,
+        _leaves(view, node, inside),
+        {
+            "x": x,
+            "xa": xa,
+            "weight": base.weight,
+            "bias": base.bias,
+            "a": branch.a,
+            "b": branch.b,
+            "scale": branch.scale,
+        },
         {"out_dtype": out, "adapter_dtype": wide, "layout": base.layout},
     )
 
@@ -221,7 +237,7 @@ def recognise(view: View, node: fx.Node) -> Match | Miss | None:
         return _match(view, node)
     except _Unlike as found:
         return Miss(NAME, node, found.reason) if found.reason else None
-    except KeyError:    # a node without an example tensor: a size or a tuple, no matrix
+    except KeyError:  # a node without an example tensor: a size or a tuple, no matrix
         return None
 
 
@@ -237,7 +253,9 @@ def _lora_unscaled(x: torch.Tensor, w: torch.Tensor, a: torch.Tensor, b: torch.T
     return F.linear(x, w) + F.linear(F.linear(x, a), b)
 
 
-def _lora_conv1d(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def _lora_conv1d(
+    x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor, a: torch.Tensor, b: torch.Tensor
+) -> torch.Tensor:
     base = torch.addmm(bias, x.view(-1, x.size(-1)), w).view(2, 5, 9)
     return base + F.linear(F.linear(x, a), b) * 2.0
 
@@ -246,6 +264,7 @@ def _draw(*shapes: tuple[int, ...]) -> Callable[[], tuple[torch.Tensor, ...]]:
     def arguments() -> tuple[torch.Tensor, ...]:
         g = torch.Generator().manual_seed(0)
         return tuple(torch.randn(s, generator=g, dtype=torch.float64) / s[-1] ** 0.5 for s in shapes)
+
     return arguments
 
 

@@ -1,15 +1,17 @@
-"""The lora_linear rule: what it finds in captured graphs, what it leaves alone and why, and that its match computes the same."""
+"""The lora_linear rule: what it finds in captured graphs, what it leaves alone and why, and that its match computes
+the same.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from torch.nn import functional as F
-
-from slothc.bind.lora_linear import bind
 from slothc.kernels.lowrank import lora_linear
 from slothc.patterns.lora_linear import RULE
 from slothc.patterns.rule import Match, Miss
+from torch.nn import functional as F
+
+from slothc.bind.lora_linear import bind
 from slothc.view import GraphView
 
 K, N, R = 12, 20, 3
@@ -109,7 +111,9 @@ def test_found_once_and_computes_the_same(name):
     assert len(calls) == 1 and not any("linear" in str(n.target) for n in module.graph.nodes if n not in calls)
     order = [n.name for n in module.graph.nodes if n.op == "placeholder"]
     by_data = {n.name: n.meta["example_value"] for n in module.graph.nodes if n.op == "placeholder"}
-    feed = [next(a for a in args if a.shape == by_data[name].shape and a.dtype == by_data[name].dtype) for name in order]
+    feed = [
+        next(a for a in args if a.shape == by_data[name].shape and a.dtype == by_data[name].dtype) for name in order
+    ]
     result = module(*feed)[0]
     tight = 2e-6 if dtype is torch.float32 else 3e-2
     torch.testing.assert_close(result, expected, atol=tight, rtol=tight)
@@ -197,8 +201,15 @@ def test_peft_llama(adapter_fp32, dropout):
     peft = pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
-        vocab_size=32, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16, use_cache=False)
+        vocab_size=32,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        use_cache=False,
+    )
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     lora = peft.LoraConfig(r=4, lora_alpha=8, target_modules=names, lora_dropout=dropout, task_type="CAUSAL_LM")
