@@ -38,7 +38,7 @@ test: $(READY) ## run every test on two processes
 lint: $(READY) ## ruff and mypy
 	$(PY) -m ruff check .
 	@rm -rf $(TYPING) && mkdir -p $(TYPING)/slothc
-	@ln -s $(CURDIR)/slothc/*.py $(CURDIR)/gradients $(CURDIR)/patterns $(CURDIR)/kernels $(TYPING)/slothc/
+	@ln -s $(CURDIR)/slothc/* $(CURDIR)/gradients $(CURDIR)/patterns $(CURDIR)/kernels $(TYPING)/slothc/
 	cd $(TYPING) && $(abspath $(PY)) -m mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p slothc
 
 bench-cpu: $(READY) ## every benchmark script, small, on the CPU: shows that they run, not how fast anything is

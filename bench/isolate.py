@@ -17,7 +17,7 @@ Result = dict[str, Any]
 
 
 def child(script: str, arguments: Sequence[str], timeout: float) -> Result:
-    """The JSON object that ``script --child-result FILE`` left, or ``{"error": why}`` if it crashed or took too long."""
+    """The JSON object that ``script --child-result FILE`` left, or ``{"error": why}`` if it failed."""
     with tempfile.TemporaryDirectory() as folder:
         result, log = Path(folder, "result.json"), Path(folder, "log.txt")
         command = [sys.executable, script, *arguments, "--child-result", str(result)]
@@ -35,7 +35,7 @@ def child(script: str, arguments: Sequence[str], timeout: float) -> Result:
 
 
 def leave(path: str, measure: Callable[[], Result]) -> None:
-    """In the child: measure and leave the result for the parent. Out of memory is a result; other failures are crashes."""
+    """In the child: measure and leave the result for the parent. Out of memory is a result, too."""
     import torch
 
     try:

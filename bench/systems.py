@@ -63,9 +63,10 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         "LlamaConfig",
         {
             "vocab_size": 1024,
-            "hidden_size": 128,
-            "intermediate_size": 384,
-            "num_hidden_layers": 2,
+            "hidden_size": 256,
+            "intermediate_size": 512,
+            "num_hidden_layers": 4,
+            "initializer_range": 0.1,  # outputs near 1, as in a wide model: what lora_curve.py shows depends on it
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "max_position_embeddings": 512,
@@ -111,7 +112,7 @@ def base_model(name: str, device: str, *, layers: int | None = None, attn: str =
 
 
 def with_adapters(model: Any, *, fp32: bool) -> Any:
-    """LoRA r=16 on all seven linears, values seeded by the adapter's place. ``fp32`` keeps adapters wider than the base."""
+    """LoRA r=16 on all seven linears, values seeded by name. ``fp32`` keeps adapters wider than the base."""
     from peft import LoraConfig, get_peft_model
 
     adapters = LoraConfig(r=16, lora_alpha=16, target_modules=TARGETS, task_type="CAUSAL_LM", lora_dropout=0.0)
@@ -119,7 +120,7 @@ def with_adapters(model: Any, *, fp32: bool) -> Any:
 
 
 def seeded_adapters(model: Any) -> Any:
-    """Give every lora_A the values that its name decides, so that systems which build adapters in another order agree."""
+    """Give every lora_A the values that its name decides, so that building them in another order is the same."""
     import torch
 
     with torch.no_grad():
@@ -169,8 +170,9 @@ def environment(device: str) -> dict[str, str]:
 
     import torch
 
+    cpu = f"CPU, {torch.get_num_threads()} threads"
     found = {
-        "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name() if device == "cuda" else cpu,
         "python": platform.python_version(),
     }
     for package in ("torch", "triton", "transformers", "peft", "liger-kernel", "unsloth", "cut-cross-entropy"):
