@@ -142,12 +142,12 @@ class GraphView:
     def _living(self) -> set[fx.Node]:
         alive: set[fx.Node] = set()
         for node in reversed(self.nodes):
-            if node in alive or self._has_effect(node):
+            if node in alive or self.has_effect(node):
                 alive.add(node)
                 alive.update(node.all_input_nodes)
         return alive
 
-    def _has_effect(self, node: fx.Node) -> bool:
+    def has_effect(self, node: fx.Node) -> bool:
         if node.op == "output" or self.op(node).params.get("mutates"):
             return True
         if not node.op.startswith("call"):
