@@ -14,12 +14,14 @@ from .program import Program
 class Operand:
     """A tensor that a pass reads or writes: its shape (ints or expressions over size symbols) and storage dtype.
 
-    ``order``: its dimensions from the outermost in memory to the innermost; results are allocated that way.
+    ``order``: its dimensions from the outermost in memory to the innermost; results are allocated that way. ``zero``: a result that the
+    pass fills only in part starts as zeros.
     """
 
     shape: tuple[Size, ...]
     dtype: str
     order: tuple[int, ...] | None = None
+    zero: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Pass:
         head = f"axes {', '.join(f'{a.name}:{a.size}' for a in self.axes)}; lane {self.lane.name}:{self.lane.size}"
         loads = "; ".join(f"{i.name}={a}" for i, a in zip(self.program.inputs, self.loads))
         stores = "; ".join(f"{o.name}={a}" for o, a in zip(self.program.outputs, self.stores))
-        tensors = "; ".join(f"{t.shape} {t.dtype} {t.order}" for t in self.reads + self.writes)
+        tensors = "; ".join(f"{t.shape} {t.dtype} {t.order} {t.zero}" for t in self.reads + self.writes)
         head += "".join(f"; {n} = {e}" for n, e in self.sizes)
         return "\n".join((head, self.program.text(), loads, stores, tensors))
 
@@ -64,7 +66,8 @@ class Plan:
 
     ``forward`` writes the region's results, then the values it saves. ``backward`` reads, in this order: the operands in
     ``saved_operands`` (numbers of the forward's reads), the saved values, the gradients of the results; it writes the
-    gradients of the operands in ``wrt``. ``backward`` is None where no operand is differentiable.
+    gradients of the operands in ``wrt``: operand ``wrt[k]`` gets result ``targets[k]`` (operands whose gradients have one formula, such
+    as the two terms of a sum, share a tensor). ``backward`` is None where no operand is differentiable.
     """
 
     forward: Pass
@@ -72,6 +75,7 @@ class Plan:
     results: int
     saved_operands: tuple[int, ...]
     wrt: tuple[int, ...]
+    targets: tuple[int, ...] = ()
 
     @cached_property
     def key(self) -> str:

@@ -1,9 +1,9 @@
 """Cross-entropy of one token as a row program over the lanes of the vocabulary.
 
-With logit z_v, what the model makes of it c_v = chain(z_v), label y and smoothing e (Szegedy et al., arXiv:1512.00567, as in
-``torch.nn.functional.cross_entropy``):
+With logit z_v, what the model makes of it c_v = chain(z_v), label y and smoothing e (Szegedy et al., arXiv:1512.00567,
+as in ``torch.nn.functional.cross_entropy``):
 
-    loss = logsumexp_v(c_v) - (1 - e) * c_y - e * mean_v(c_v),        c_y = sum_v [v = y] c_v,        0 where y is ignored.
+    loss = logsumexp_v(c_v) - (1 - e) * c_y - e * mean_v(c_v),    c_y = sum_v [v = y] c_v,    0 where y is ignored.
 
 The gradient by z comes from the reverse mode; nothing here knows that it is softmax minus one-hot.
 """
@@ -55,7 +55,8 @@ class Step:
         if self.fn not in FUNCTIONS:
             raise ValueError(f"logit function {self.fn!r} is not one of {', '.join(sorted(FUNCTIONS))}")
         if len(self.numbers) != FUNCTIONS[self.fn][0]:
-            raise ValueError(f"logit function {self.fn!r} takes {FUNCTIONS[self.fn][0]} numbers, not {len(self.numbers)}")
+            count = FUNCTIONS[self.fn][0]
+            raise ValueError(f"logit function {self.fn!r} takes {count} numbers, not {len(self.numbers)}")
         if self.dtype not in DTYPES:
             raise ValueError(f"logit dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
 
@@ -70,7 +71,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Chain:
-    """What a model does to its logits between the linear, which gives ``dtype``, and the loss. ``text`` is its name in an op's arguments."""
+    """What a model does to its logits between the linear, which gives ``dtype``, and the loss.
+
+    ``text`` names it in the arguments of an op.
+    """
 
     dtype: str
     steps: tuple[Step, ...] = ()
@@ -106,7 +110,7 @@ def _number(c: float) -> sp.Expr:
 
 
 def _logit_stages(dtype: str, steps: Steps) -> tuple[tuple[Stage, ...], sp.Expr]:
-    """The processed logit: a stage for each rounding, and its final value. A rounding to fp32 is none: arithmetic is in fp32."""
+    """The processed logit: a stage for each rounding, and its final value. Rounding to fp32 is none: arithmetic is fp32."""
     stages: list[Stage] = []
     value: sp.Expr = symbol("z")
     at = dtype
@@ -130,15 +134,22 @@ def _label_stages(dtype: str, steps: Steps) -> tuple[tuple[Stage, ...], sp.Expr]
 
 
 def loss_program(
-    dtype: str, steps: Steps = (), *, vocab: int = 0, ignore_index: int | None = -100, smoothing: float = 0.0, gathered: bool = False
+    dtype: str,
+    steps: Steps = (),
+    *,
+    vocab: int = 0,
+    ignore_index: int | None = -100,
+    smoothing: float = 0.0,
+    gathered: bool = False,
 ) -> Program:
-    """The loss of one token. ``dtype``: how z is stored; ``steps``: pairs of an expression in z and the dtype it is rounded to.
+    """The loss of one token. ``dtype``: how z is stored; ``steps``: pairs of an expression in z and the dtype that it is
+    rounded to.
 
     ``vocab`` is the number of lanes (needed when ``smoothing`` is not 0); ``ignore_index`` None ignores no label.
     Inputs: z [t, v], label [t], v. Output: loss [t] in fp32.
 
-    ``gathered``: the label's logit is an input ``zy`` [t] of its own. The identity is "the sum over one lane is that lane",
-    sum_v [v = y] f(z_v) = f(z_y), which needs 0 <= y < V; the gather's adjoint adds d_zy to d_z at y.
+    ``gathered``: the label's logit is an input ``zy`` [t] of its own. The identity is "the sum over one lane is that
+    lane", sum_v [v = y] f(z_v) = f(z_y), which needs 0 <= y < V; the gather's adjoint adds d_zy to d_z at y.
     """
     if not 0.0 <= smoothing <= 1.0:
         raise ValueError(f"label smoothing must be between 0 and 1, got {smoothing}")
@@ -154,8 +165,9 @@ def loss_program(
         loss -= _number(smoothing) * symbol("total") / vocab
     if ignore_index is not None:
         loss = select(eq(label, ignore_index), 0, loss)
-    inputs = (Input("z", ROW, dtype), *((Input("zy", SCALAR, dtype),) if gathered else ()),
-              Input("label", SCALAR, "i64", differentiable=False), Input("v", COLUMN, "i64", differentiable=False, role="index"))  # fmt: skip
+    own_input = (Input("zy", SCALAR, dtype),) if gathered else ()
+    number = Input("label", SCALAR, "i64", differentiable=False)
+    inputs = (Input("z", ROW, dtype), *own_input, number, Input("v", COLUMN, "i64", differentiable=False, role="index"))
     return Program(inputs, (*stages, Stage("loss", loss)), (Output("loss", "loss"),)).pruned()
 
 
@@ -166,7 +178,7 @@ def normaliser_program(dtype: str, steps: Steps = ()) -> Program:
 
 
 def gradient_program(program: Program, *, seeded: bool = False) -> Program:
-    """d output / d z by reverse mode, in z's dtype. ``seeded``: scaled by the cotangent input g_<output>; otherwise that is 1."""
+    """d output / d z by reverse mode, in z's dtype. ``seeded``: times the cotangent input g_<output>; otherwise that is 1."""
     back = derive(program, [name for name in ("z", "zy") if name in program.input])
     if seeded:
         return back
@@ -202,7 +214,7 @@ def _ordered(stages: list[Stage], known: set[str]) -> tuple[Stage, ...]:
 
 
 def row_pass(program: Program, vocab: int) -> Pass:
-    """``program`` over tokens t and lanes v: tensors [t, v] and [t], in the order of the program's inputs and outputs."""
+    """``program`` over tokens t and lanes v: tensors [t, v] and [t], in the order of its inputs and outputs."""
     tokens = sp.Symbol("T", integer=True, nonnegative=True)
     t, v = Form.axis("t"), Form.axis("v")
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from slothc.gradients.geometry import Access
+from slothc.gradients.program import Program
 from torch import fx
 
 from .meaning import View
@@ -61,9 +63,11 @@ class StructuralRule:
 
 @dataclass(frozen=True)
 class RowRule:
-    """A rule that names a lifted row program. ``identify(program)`` evaluates it at random points and says whether it is this formula."""
+    """A rule that names a lifted row program: ``identify(program, loads)`` evaluates it at random points and says whether it is this
+    formula. ``loads`` are the program inputs' accesses (which of them read one tensor). Names decide counts, never kernels.
+    """
 
     name: str
     math: str
-    identify: Callable[[Any], bool]
+    identify: Callable[[Program, Sequence[Access | None]], bool]
     samples: tuple[Sample, ...] = ()

@@ -16,22 +16,89 @@ from slothc.kernels.vocab_chain import picked
 
 from .lazy_logits import LazyLogits
 
-_PROPERTIES = ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "grad_fn", "is_leaf", "is_cuda", "is_cpu", "is_meta", "is_sparse",
-               "is_quantized", "is_mkldnn", "is_xpu", "is_mps", "is_nested", "itemsize", "nbytes", "output_nr", "_version", "names", "_grad",
-               "grad", "_backward_hooks", "is_sparse_csr")  # fmt: skip
-_METHODS = ("size", "dim", "ndimension", "stride", "storage_offset", "numel", "nelement", "element_size", "get_device", "is_floating_point",
-            "is_complex", "is_signed", "is_contiguous", "is_inference", "is_conj", "is_neg", "is_shared", "__len__", "__hash__",
-            "_is_view", "is_same_size", "has_names", "__repr__", "__format__", "__dir__")  # fmt: skip
-_WRITES = ("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__", "requires_grad_", "retain_grad", "register_hook")
+_PROPERTIES = (
+    "shape",
+    "dtype",
+    "device",
+    "ndim",
+    "layout",
+    "requires_grad",
+    "grad_fn",
+    "is_leaf",
+    "is_cuda",
+    "is_cpu",
+    "is_meta",
+    "is_sparse",
+    "is_quantized",
+    "is_mkldnn",
+    "is_xpu",
+    "is_mps",
+    "is_nested",
+    "itemsize",
+    "nbytes",
+    "output_nr",
+    "_version",
+    "names",
+    "_grad",
+    "grad",
+    "_backward_hooks",
+    "is_sparse_csr",
+)
+_METHODS = (
+    "size",
+    "dim",
+    "ndimension",
+    "stride",
+    "storage_offset",
+    "numel",
+    "nelement",
+    "element_size",
+    "get_device",
+    "is_floating_point",
+    "is_complex",
+    "is_signed",
+    "is_contiguous",
+    "is_inference",
+    "is_conj",
+    "is_neg",
+    "is_shared",
+    "__len__",
+    "__hash__",
+    "_is_view",
+    "is_same_size",
+    "has_names",
+    "__repr__",
+    "__format__",
+    "__dir__",
+)
+_WRITES = (
+    "__setitem__",
+    "__iadd__",
+    "__isub__",
+    "__imul__",
+    "__itruediv__",
+    "__ipow__",
+    "requires_grad_",
+    "retain_grad",
+    "register_hook",
+)
 
 
 def _metadata() -> set[Any]:
     found = {getattr(Tensor, name).__get__ for name in _PROPERTIES if hasattr(Tensor, name)}
     found |= {getattr(Tensor, name) for name in _METHODS if hasattr(Tensor, name)}
-    return found | {torch.is_floating_point, torch.is_complex, torch.numel, torch.is_inference, torch.is_same_size, torch.is_tensor}
+    return found | {
+        torch.is_floating_point,
+        torch.is_complex,
+        torch.numel,
+        torch.is_inference,
+        torch.is_same_size,
+        torch.is_tensor,
+    }
 
 
 METADATA = _metadata()
+NO_LABEL = -(1 << 40)
 
 
 def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -58,7 +125,9 @@ def _writes(func: Any, kwargs: dict[str, Any]) -> bool:
 # casts and arithmetic: one more step of the chain
 
 
-def _step(x: LazyLogits, fn: str, *numbers: Any, dtype: torch.dtype | None = None, same: Callable[[Tensor], Tensor]) -> Any:
+def _step(
+    x: LazyLogits, fn: str, *numbers: Any, dtype: torch.dtype | None = None, same: Callable[[Tensor], Tensor]
+) -> Any:
     plain = all(type(c) in (int, float) and math.isfinite(c) for c in numbers)
     if not plain or x.recipe.normalised is not None or (dtype or x.dtype) not in NAMES:
         return NotImplemented
@@ -84,7 +153,9 @@ def _to(x: LazyLogits, *args: Any, **kwargs: Any) -> Any:
         return NotImplemented
     if device is not None and not _same_device(torch.device(device), x.device):
         return NotImplemented
-    return _cast(x, dtype or x.dtype, copy=bool(kwargs.get("copy", args[-1] if len(args) > 2 and args[-1] is True else False)))
+    return _cast(
+        x, dtype or x.dtype, copy=bool(kwargs.get("copy", args[-1] if len(args) > 2 and args[-1] is True else False))
+    )
 
 
 def _same_device(asked: torch.device, have: torch.device) -> bool:
@@ -115,7 +186,8 @@ def _contiguous(x: LazyLogits, memory_format: Any = torch.contiguous_format) -> 
 
 
 def _clone(x: LazyLogits, *, memory_format: Any = torch.preserve_format) -> Any:
-    return x.derive(Tensor.clone, view=False) if memory_format in (torch.contiguous_format, torch.preserve_format) else NotImplemented
+    plain = memory_format in (torch.contiguous_format, torch.preserve_format)
+    return x.derive(Tensor.clone, view=False) if plain else NotImplemented
 
 
 def _reshape(x: LazyLogits, *shape: Any) -> Any:
@@ -142,7 +214,7 @@ def _squeezed(name: str) -> Callable[..., Any]:
 
 
 def _getitem(x: LazyLogits, key: Any) -> Any:
-    """An index that leaves the last dimension whole is an index of the hidden states."""
+    """An index of the leading dimensions is one of the hidden states, a slice of the vocabulary one of the weight."""
     items = list(key) if isinstance(key, tuple) else [key]
     widths = [_width(item) for item in items]
     if None in widths or widths.count(-1) > 1:
@@ -151,14 +223,19 @@ def _getitem(x: LazyLogits, key: Any) -> Any:
         at = widths.index(-1)
         fill = x.dim() - sum(w for w in widths if w is not None and w > 0)
         items[at : at + 1], widths[at : at + 1] = [slice(None)] * fill, [1] * fill
-    while items and sum(w or 0 for w in widths) >= x.dim() and _is_whole(items[-1], x.shape[-1]):
-        items.pop()
-        widths.pop()
-    if sum(w or 0 for w in widths) >= x.dim():
-        return NotImplemented
-    place = tuple(items)
+    recipe, place = x.recipe, tuple(items)
     view = not any(isinstance(item, Tensor) for item in place)
-    return x.derive(lambda t: t[place], view=view, hidden=x.recipe.hidden[place])
+    if sum(w or 0 for w in widths) < x.dim():
+        return x.derive(lambda t: t[place], view=view, hidden=recipe.hidden[place])
+    *leading, last = items
+    if not isinstance(last, slice) or sum(w or 0 for w in widths) > x.dim():
+        return NotImplemented
+    changes: dict[str, Any] = {"hidden": recipe.hidden[tuple(leading)] if leading else recipe.hidden}
+    if not _is_whole(last, x.shape[-1]):
+        if recipe.normalised is not None:
+            return NotImplemented
+        changes |= {"weight": recipe.weight[last], "bias": None if recipe.bias is None else recipe.bias[last]}
+    return x.derive(lambda t: t[place], view=view, **changes)
 
 
 def _width(item: Any) -> int | None:
@@ -219,14 +296,18 @@ def _argmax(x: LazyLogits, dim: Any = None, keepdim: bool = False) -> Any:
 
 def _gather(x: LazyLogits, dim: Any, index: Any, *, sparse_grad: bool = False) -> Any:
     """A few logits a token are as many dot products; a few log-probabilities are losses."""
-    fits = isinstance(index, Tensor) and index.dtype == torch.int64 and index.shape[:-1] == x.shape[:-1] and index.dim() == x.dim()
+    fits = isinstance(index, Tensor) and index.dtype == torch.int64 and index.dim() == x.dim()
+    fits = fits and index.shape[:-1] == x.shape[:-1]
     if not _is_last(x, dim) or not fits or sparse_grad or not _in_chunks(x):
         return NotImplemented
     normalised, hidden = x.recipe.normalised, x.recipe.hidden
     if normalised is not None:
         if index.shape[-1] != 1:
             return NotImplemented
-        loss = linear_cross_entropy(*_operands(x), index[..., 0], chain=x.recipe.chain.text, reduction="none", dtype=normalised, ignore_index=-1 << 40)
+        target, chain = index[..., 0], x.recipe.chain.text
+        loss = linear_cross_entropy(
+            *_operands(x), target, chain=chain, reduction="none", dtype=normalised, ignore_index=NO_LABEL
+        )
         return -loss.unsqueeze(-1)
     if index.shape[-1] * hidden.shape[-1] > x.shape[-1]:
         return NotImplemented
@@ -234,31 +315,70 @@ def _gather(x: LazyLogits, dim: Any, index: Any, *, sparse_grad: bool = False) -
 
 
 def _cross_entropy(
-    x: LazyLogits, target: Any, weight: Any = None, size_average: Any = None, ignore_index: int = -100, reduce: Any = None,
-    reduction: str = "mean", label_smoothing: float = 0.0,
-) -> Any:  # fmt: skip
+    x: LazyLogits,
+    target: Any,
+    weight: Any = None,
+    size_average: Any = None,
+    ignore_index: int = -100,
+    reduce: Any = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Any:
     plain = weight is None and size_average is None and reduce is None and x.dim() == 2 and isinstance(target, Tensor)
-    if not plain or target.dtype != torch.int64 or target.shape != x.shape[:1] or x.recipe.normalised is not None or not _in_chunks(x):
+    plain = plain and target.dtype == torch.int64 and target.shape == x.shape[:1]
+    if not plain or x.recipe.normalised is not None or not _in_chunks(x):
         return NotImplemented
     dtype = torch.float32 if torch.is_autocast_enabled(x.device.type) else x.dtype
-    return linear_cross_entropy(
-        *_operands(x), target, chain=x.recipe.chain.text, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=reduction, dtype=dtype
-    )
+    options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "reduction": reduction}
+    return linear_cross_entropy(*_operands(x), target, chain=x.recipe.chain.text, dtype=dtype, **options)
 
 
 def _handlers() -> dict[Any, Callable[..., Any]]:
-    table: dict[Any, Callable[..., Any]] = {F.log_softmax: _log_softmax, F.cross_entropy: _cross_entropy, Tensor.to: _to, F.tanh: _unary("tanh"),
-                                            Tensor.__getitem__: _getitem, Tensor.__rmul__: _binary("mul"), Tensor.data.__get__: _detach,
-                                            Tensor.view: _reshape, torch.true_divide: _binary("div")}  # fmt: skip
-    for name, dtype in {"float": torch.float32, "half": torch.float16, "bfloat16": torch.bfloat16, "double": torch.float64}.items():
+    table: dict[Any, Callable[..., Any]] = {
+        F.log_softmax: _log_softmax,
+        F.cross_entropy: _cross_entropy,
+        Tensor.to: _to,
+        F.tanh: _unary("tanh"),
+        Tensor.__getitem__: _getitem,
+        Tensor.__rmul__: _binary("mul"),
+        Tensor.data.__get__: _detach,
+        Tensor.view: _reshape,
+        torch.true_divide: _binary("div"),
+    }
+    for name, dtype in {
+        "float": torch.float32,
+        "half": torch.float16,
+        "bfloat16": torch.bfloat16,
+        "double": torch.float64,
+    }.items():
         table[getattr(Tensor, name)] = lambda x, *, dtype=dtype: _cast(x, dtype)
-    for name, handler in {"mul": _binary("mul"), "multiply": _binary("mul"), "div": _binary("div"), "divide": _binary("div"),
-                          "tanh": _unary("tanh"), "neg": _unary("neg"), "detach": _detach, "clone": _clone, "reshape": _reshape,
-                          "flatten": _flatten, "squeeze": _squeezed("squeeze"), "unsqueeze": _squeezed("unsqueeze"), "unbind": _unbind,
-                          "logsumexp": _logsumexp, "log_softmax": _log_softmax, "argmax": _argmax, "gather": _gather}.items():  # fmt: skip
+    for name, handler in {
+        "mul": _binary("mul"),
+        "multiply": _binary("mul"),
+        "div": _binary("div"),
+        "divide": _binary("div"),
+        "tanh": _unary("tanh"),
+        "neg": _unary("neg"),
+        "detach": _detach,
+        "clone": _clone,
+        "reshape": _reshape,
+        "flatten": _flatten,
+        "squeeze": _squeezed("squeeze"),
+        "unsqueeze": _squeezed("unsqueeze"),
+        "unbind": _unbind,
+        "logsumexp": _logsumexp,
+        "log_softmax": _log_softmax,
+        "argmax": _argmax,
+        "gather": _gather,
+    }.items():
         table[getattr(torch, name)] = table[getattr(Tensor, name)] = handler
-    for name, handler in {"contiguous": _contiguous, "__mul__": _binary("mul"), "__truediv__": _binary("div"), "__neg__": _unary("neg"),
-                          "true_divide": _binary("div")}.items():  # fmt: skip
+    for name, handler in {
+        "contiguous": _contiguous,
+        "__mul__": _binary("mul"),
+        "__truediv__": _binary("div"),
+        "__neg__": _unary("neg"),
+        "true_divide": _binary("div"),
+    }.items():
         table[getattr(Tensor, name)] = handler
     return table
 

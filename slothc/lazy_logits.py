@@ -1,12 +1,14 @@
 """Logits that are made when somebody looks at them.
 
-A ``LazyLogits`` stands for chain(hidden W^T + b): it knows its shape, dtype and device, and makes itself, once, with the operations the
-graph had, when a value is used. It has a gradient function as the real logits would: autograd passes through it, built or not.
+A ``LazyLogits`` stands for chain(hidden W^T + b): it knows its shape, dtype and device, and makes itself, once, with the
+operations the graph had, when a value is used. Autograd passes through it, built or not.
 
-- ``requires_grad``, ``grad_fn`` and ``is_leaf`` are those of a non-leaf result; ``grad_fn`` is this class's own node, not AddmmBackward.
-- ``repr`` and metadata never build it. Casts, scales, tanh, detach, views and slices of the leading dimensions give another
-  ``LazyLogits``; losses, logsumexp, argmax and gathers are computed chunk by chunk (``lazy_functions``). Anything else builds it.
-- A parameter that an optimizer changed in the meantime would give other logits than eager kept: then building raises ``StaleLogits``.
+- ``requires_grad``, ``grad_fn`` and ``is_leaf`` are those of a result of the graph; ``grad_fn`` is this class's own node.
+- Metadata never builds it, nor does ``repr`` of more than ``PRINTED`` elements. Casts, scales, tanh, detach, views and slices
+  give another ``LazyLogits``; losses, logsumexp, argmax and gathers are computed chunk by chunk (``lazy_functions``).
+  Anything else builds it.
+- A parameter that an optimizer changed in the meantime would give other logits than eager kept: then building raises
+  ``StaleLogits``.
 - Copies, pickles and ``torch.save`` hold a plain tensor.
 """
 
@@ -23,6 +25,9 @@ from torch.utils._pytree import tree_map
 from slothc.gradients.vocabulary import Chain
 from slothc.kernels.binding import DTYPE
 from slothc.kernels.vocab_chain import logits as build_logits
+
+
+PRINTED = 4096
 
 
 class StaleLogits(RuntimeError):
@@ -58,7 +63,9 @@ class Recipe:
             return z if self.normalised is None else torch.log_softmax(z, -1, dtype=self.normalised)
 
     def detached(self) -> Recipe:
-        return replace(self, hidden=self.hidden.detach(), weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())
+        """The same values, apart from autograd."""
+        bias = None if self.bias is None else self.bias.detach()
+        return replace(self, hidden=self.hidden.detach(), weight=self.weight.detach(), bias=bias)
 
 
 @dataclass(frozen=True)
@@ -117,12 +124,15 @@ class LazyLogits(Tensor):
             if origin.view or unchanged:
                 with torch.set_grad_enabled(any(t.requires_grad for t in self._recipe.tensors)):
                     return origin.step(origin.parent._real)
-        if tuple(map(_version, self._recipe.tensors)) != self._versions:
+        if self._stale():
             raise StaleLogits(
-                "these logits were not built while the step ran, and the weight or hidden states they come from have been changed in place "
-                "since (by an optimizer step?). Use outputs.logits before that, or keep outputs.logits.clone().materialize()"
+                "these logits were not used before the weight or hidden states that they are made of were changed in place "
+                "(by an optimizer step?). Use them earlier, or keep outputs.logits.materialize()"
             )
         return self._recipe.build()
+
+    def _stale(self) -> bool:
+        return tuple(map(_version, self._recipe.tensors)) != self._versions
 
     def _materialize_shared(self) -> Tensor:
         """The real tensor as part of the memory of what it is a view of: for writing."""
@@ -135,20 +145,24 @@ class LazyLogits(Tensor):
         return LazyLogits.of(replace(self._recipe, **changes), _Origin(self, step, view))
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
-        if self._real is not None:
-            return repr(self._real)
+        if self._real is not None or (self.numel() <= PRINTED and not self._stale()):
+            return repr(self.materialize())
         grad = f", grad_fn=<{type(self.grad_fn).__name__}>" if self.grad_fn is not None else ""
         return f"LazyLogits(..., size={tuple(self.shape)}, dtype={self.dtype}, device='{self.device}'{grad})"
 
     @classmethod
-    @torch.compiler.disable                                                # a compiler that meets one runs this code; it cannot trace it
-    def __torch_function__(cls, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    @torch.compiler.disable  # a compiler that meets one runs this code: it cannot trace it
+    def __torch_function__(
+        cls, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         from . import lazy_functions
 
         return lazy_functions.call(func, args, kwargs or {})
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        cls, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
             lazy = args[0]
             return LazyLogits._make(lazy._recipe.detached(), _Origin(lazy, torch.Tensor.detach, True))
@@ -160,10 +174,12 @@ class LazyLogits(Tensor):
 
 
 class _Node(torch.autograd.Function):
-    """The place of unbuilt logits in the autograd graph, for what reaches them below Python (a custom Function, a C++ op)."""
+    """The place of unbuilt logits in the autograd graph, for what reaches them below Python (a custom Function)."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, recipe: Recipe, origin: _Origin | None) -> LazyLogits:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, recipe: Recipe, origin: _Origin | None
+    ) -> LazyLogits:
         ctx.recipe = recipe
         return LazyLogits._make(recipe, origin)
 
@@ -182,8 +198,8 @@ def _version(t: Tensor) -> int | None:
 def lazy_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, chain: str | None = None) -> Tensor:
     """chain(hidden W^T + b), [..., V], not built yet. hidden [..., D], weight [V, D], bias [V] or None.
 
-    ``chain``: the text of a ``gradients.vocabulary.Chain`` (default: nothing, in hidden's dtype). For tensors that are not plain (fake ones,
-    while another compiler traces) and on the meta device it is the ordinary result.
+    ``chain``: the text of a ``gradients.vocabulary.Chain`` (default: nothing, in hidden's dtype). For tensors that are not
+    plain (fake ones, while another compiler traces) and on the meta device it is the ordinary result.
     """
     from slothc.kernels.vocab import NAMES
 

@@ -1,0 +1,193 @@
+"""The check before a rewrite is used: forward and VJP on random inputs at the real dtypes, judged against float64 truth.
+
+The original nodes run twice, as they are and in float64; the rewrite must not be further from the truth than the original:
+``err(sloth) <= 1.10 * err(eager) + tiny`` for every result and every gradient, err the relative L2 distance over all draws together.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from .errors import VerificationFailed
+from .lift import size_of
+from .statistics import counts
+from .subgraph import extract, in_double
+from .view import GraphView
+
+SLACK = 1.10
+TINY = {torch.float32: 1e-6, torch.float64: 1e-12, torch.bfloat16: 1e-4, torch.float16: 1e-4}
+DRAWS = 5
+LARGE = 64
+MANY = 1 << 20            # elements in one draw that make further draws needless: its error is an average over them
+
+Function = Callable[..., Any]
+
+
+@dataclass
+class _Sum:
+    """Squared distances to truth, and truth's own norm, over all draws."""
+
+    ours: float = 0.0
+    eager: float = 0.0
+    truth: float = 0.0
+
+    def add(self, ours: Tensor, eager: Tensor, truth: Tensor) -> None:
+        self.ours += float((ours.double() - truth).square().sum())
+        self.eager += float((eager.double() - truth).square().sum())
+        self.truth += float(truth.square().sum())
+
+    def errors(self) -> tuple[float, float]:
+        scale = max(self.truth, 1e-60) ** 0.5
+        return self.ours**0.5 / scale, self.eager**0.5 / scale
+
+
+def check(view: GraphView, nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], results: Sequence[fx.Node], ours: Function) -> dict[str, tuple[float, float]]:
+    """The errors (ours, eager's) of every result and gradient of ``ours(*values of inputs)``. Raises ``VerificationFailed``.
+
+    Where the nodes allow it, they run on tensors with large sizes made small: rows are independent, and a plan holds no size.
+    """
+    counts["checked"] += 1
+    resize = _smaller(view, [*inputs, *results])
+    with torch.random.fork_rng(devices=_cuda(view, inputs)), _without_autocast(view, inputs):
+        if resize:
+            try:
+                errors = _errors(view, nodes, inputs, results, ours, resize)
+            except _Unresizable:
+                errors = _errors(view, nodes, inputs, results, ours, {})
+        else:
+            errors = _errors(view, nodes, inputs, results, ours, {})
+    for name, (mine, reference, tiny) in errors.items():
+        if not mine <= SLACK * reference + tiny:
+            raise VerificationFailed(f"{name} is {mine:.2e} from float64 truth, eager {reference:.2e}")
+    return {name: (mine, reference) for name, (mine, reference, _) in errors.items()}
+
+
+class _Unresizable(Exception):
+    """The original nodes do not run at other sizes."""
+
+
+def _smaller(view: GraphView, nodes: Sequence[fx.Node]) -> dict[int, int]:
+    """Large leading sizes, and sizes of vocabularies, with what takes their place."""
+    found: dict[int, int] = {}
+    for node in nodes:
+        value = view.example(node)
+        if isinstance(value, Tensor) and value.dim() >= 1:
+            lead = [s for s in value.shape[:-1] if isinstance(s, int)]
+            found |= {s: LARGE + s % 64 for s in lead if s > LARGE}
+    return found
+
+
+def _without_autocast(view: GraphView, inputs: Sequence[fx.Node]) -> Any:
+    device = next((v.device.type for v in map(view.example, inputs) if isinstance(v, Tensor)), "cpu")
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
+
+
+def _errors(
+    view: GraphView, nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], results: Sequence[fx.Node], ours: Function, resize: dict[int, int]
+) -> dict[str, tuple[float, float, float]]:
+    eager = extract(view, nodes, inputs, results, resize)
+    truth = in_double(eager)
+    sums: dict[str, _Sum] = {}
+    dtypes: dict[str, torch.dtype] = {}
+    torch.manual_seed(20)
+    for _ in range(DRAWS):
+        values = [draw(view, n, resize) for n in inputs]
+        if resize:
+            try:
+                eager(*values)
+            except Exception as error:
+                raise _Unresizable from error
+        if _compare(view, inputs, values, eager, truth, ours, sums, dtypes) > MANY:
+            break
+    return {name: (*s.errors(), TINY[dtypes[name]]) for name, s in sums.items()}
+
+
+def _cuda(view: GraphView, inputs: Sequence[fx.Node]) -> list[int]:
+    found = {v.device.index or 0 for v in map(view.example, inputs) if isinstance(v, Tensor) and v.device.type == "cuda"}
+    return sorted(found)
+
+
+def draw(view: GraphView, node: fx.Node, resize: dict[int, int] | None = None) -> Any:
+    """A random value like the node's example: normal numbers, small integers, fair booleans."""
+    example = view.example(node)
+    if not isinstance(example, Tensor):
+        return _hint(example)
+    shape, strides = [_hint(s) for s in example.shape], [_hint(s) for s in example.stride()]
+    if resize and any(s in resize for s in shape):
+        order = sorted(range(len(shape)), key=lambda d: -strides[d])
+        shape = [resize.get(s, s) for s in shape]
+        expanded = [s == 0 for s in strides]
+        step = 1
+        for d in reversed(order):
+            strides[d], step = (0, step) if expanded[d] else (step, step * shape[d])
+    span = sum((n - 1) * s for n, s in zip(shape, strides) if n > 0) + 1
+    if example.dtype.is_floating_point or example.dtype.is_complex:
+        memory = torch.randn(span, dtype=example.dtype, device=example.device)
+    else:
+        memory = torch.randint(0, 2, (span,), device=example.device).to(example.dtype)
+    return memory.as_strided(shape, strides)
+
+
+def _hint(value: Any) -> Any:
+    if isinstance(value, torch.SymInt):
+        hint = value.node.hint
+        return int(hint) if hint is not None else int(size_of(value))
+    return value
+
+
+def _compare(
+    view: GraphView, inputs: Sequence[fx.Node], values: list[Any], eager: Function, truth: Function, ours: Function,
+    sums: dict[str, _Sum], dtypes: dict[str, torch.dtype],
+) -> int:  # fmt: skip
+    wrt = [k for k, n in enumerate(inputs) if view.needs_grad(n) and isinstance(values[k], Tensor) and values[k].is_floating_point()]
+    runs = [_run(f, values, wrt, wide) for f, wide in ((ours, False), (eager, False), (truth, True))]
+    cotangents = [torch.randn_like(o) for o in runs[1].results]
+    for run in runs:
+        run.backward(cotangents)
+    names = [f"result {k}" for k in range(len(cotangents))] + [f"gradient of {inputs[k]}" for k in wrt]
+    for name, *found in zip(names, *(r.everything() for r in runs)):
+        if found[0].shape != found[1].shape or found[0].dtype != found[1].dtype:
+            raise VerificationFailed(f"{name} is {tuple(found[0].shape)} {found[0].dtype}, eager's {tuple(found[1].shape)} {found[1].dtype}")
+        if not bool(found[2].isfinite().all()):
+            continue
+        sums.setdefault(name, _Sum()).add(*found)
+        dtypes[name] = found[1].dtype
+    return max((r.numel() for r in runs[1].results), default=0)
+
+
+def _leaves(values: list[Any], wrt: list[int], dtype: torch.dtype | None) -> tuple[list[Any], list[Tensor]]:
+    fresh = list(values)
+    for k in wrt:
+        value = values[k].detach() if dtype is None else values[k].detach().to(dtype)
+        fresh[k] = value.requires_grad_()
+    return fresh, [fresh[k] for k in wrt]
+
+
+@dataclass
+class _Run:
+    results: list[Tensor]
+    leaves: list[Tensor]
+    gradients: list[Tensor]
+
+    def backward(self, cotangents: list[Tensor]) -> None:
+        pairs = [(r, c.to(r.dtype)) for r, c in zip(self.results, cotangents) if r.requires_grad]
+        found: Sequence[Tensor | None] = [None] * len(self.leaves)
+        if pairs and self.leaves:
+            found = torch.autograd.grad([r for r, _ in pairs], self.leaves, [c for _, c in pairs], allow_unused=True)
+        self.gradients = [torch.zeros_like(x) if g is None else g for g, x in zip(found, self.leaves)]
+
+    def everything(self) -> list[Tensor]:
+        return [*(r.detach() for r in self.results), *self.gradients]
+
+
+def _run(f: Function, values: list[Any], wrt: list[int], wide: bool) -> _Run:
+    arguments, leaves = _leaves(values, wrt, torch.float64 if wide else None)
+    with torch.enable_grad():
+        results = f(*arguments)
+    return _Run([results] if isinstance(results, Tensor) else list(results), leaves, [])

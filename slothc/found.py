@@ -1,0 +1,198 @@
+"""What was found in a graph: regions with plans, structural matches, misses."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+from slothc.gradients.plan import Plan
+from slothc.patterns.rule import Match, Miss
+from torch import fx
+
+from .catalogue import STRUCTURAL, UNNAMED
+from .lift import CannotLift, lift
+from .naming import Part, parts
+from .options import Options
+from .planning import plan
+from .regions import ARITHMETIC, Cone, Growth, leaves
+from .statistics import counts
+from .structure import structure
+from .view import GraphView
+
+ATTEMPTS = 8
+
+
+@dataclass(frozen=True)
+class Region:
+    """A cone with its plan: ``operands`` are the nodes the plan reads, in its order. ``parts`` are the named things inside."""
+
+    cone: Cone
+    plan: Plan
+    operands: tuple[fx.Node, ...]
+    parts: tuple[Part, ...]
+
+    @property
+    def rule(self) -> str:
+        """The name for messages."""
+        return "+".join(dict.fromkeys(p.rule for p in reversed(self.parts))) or f"{UNNAMED}#{self.plan.key}"
+
+    def counts(self) -> Counter[str]:
+        return Counter(p.rule for p in self.parts) or Counter({UNNAMED: 1})
+
+
+@dataclass
+class Found:
+    """Everything found in one graph."""
+
+    view: GraphView
+    regions: list[Region] = field(default_factory=list)
+    matches: list[Match] = field(default_factory=list)
+    misses: list[Miss] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What is known of a structure, in terms of node and leaf numbers."""
+
+    plan: Plan | None
+    operands: tuple[int, ...]
+    parts: tuple[tuple[str, int, tuple[int, ...]], ...]
+    barred: int | None = None
+    reason: str = ""
+
+
+_known: dict[str, _Known] = {}
+
+
+def find(view: GraphView, options: Options) -> Found:
+    """Look for structural rules, then grow cones over what is left. Nothing is changed."""
+    found = Found(view)
+    taken = _structural(found, options)
+    growth = Growth(view, taken)
+    for cone in growth.cones():
+        region = _region(found, growth, cone)
+        if region is None or not _worthwhile(view, region, options):
+            continue
+        region = _with_producer(found, growth, region)
+        growth.claim(region.cone)
+        found.regions.append(region)
+    return found
+
+
+def _structural(found: Found, options: Options) -> set[fx.Node]:
+    taken: set[fx.Node] = set()
+    for rule in STRUCTURAL:
+        if rule.name in options.disable:
+            continue
+        for node in found.view.nodes:
+            if node in taken or not found.view.alive(node):
+                continue
+            match = rule.recognise(found.view, node)
+            if isinstance(match, Miss):
+                found.misses.append(match)
+            elif match is not None and taken.isdisjoint(match.nodes):
+                found.matches.append(match)
+                taken.update(match.nodes)
+                taken.update(match.extra)
+    return taken
+
+
+def _region(found: Found, growth: Growth, cone: Cone) -> Region | None:
+    """The region of a cone. Where a node inside has no formula, its value becomes an operand and the cone grows anew."""
+    for _ in range(ATTEMPTS):
+        if not any(found.view.op(n).kind in ARITHMETIC for n in cone.nodes):
+            return None
+        known, nodes, inputs = _look(found.view, cone)
+        if known.plan is not None:
+            made = tuple(Part(r, nodes[k], frozenset(nodes[i] for i in inside)) for r, k, inside in known.parts)
+            return Region(cone, known.plan, tuple(inputs[k] for k in known.operands), made)
+        if known.barred is None:
+            return None
+        barred = nodes[known.barred] if known.barred >= 0 else inputs[-1 - known.barred]
+        _report(found, cone, barred, known.reason)
+        if barred is cone.sink or barred not in cone.nodes:
+            return None
+        growth.barred.add(barred)
+        cone = growth.grow(cone.sink)
+    return None
+
+
+def _report(found: Found, cone: Cone, node: fx.Node, reason: str) -> None:
+    if len(cone.nodes) > 1 and not any(m.node is node and m.reason == reason for m in found.misses):
+        found.misses.append(Miss(UNNAMED, node, reason))
+
+
+def _look(view: GraphView, cone: Cone) -> tuple[_Known, list[fx.Node], list[fx.Node]]:
+    key, nodes, inputs = structure(view, cone)
+    if key not in _known:
+        _known[key] = _learn(view, cone, nodes, inputs)
+    return _known[key], nodes, inputs
+
+
+def _learn(view: GraphView, cone: Cone, nodes: list[fx.Node], inputs: list[fx.Node]) -> _Known:
+    counts["lifted"] += 1
+    try:
+        lifted = lift(view, set(cone.nodes), cone.results)
+        made = plan(view, lifted)
+    except CannotLift as error:
+        barred = nodes.index(error.node) if error.node in cone.nodes else _reader(error.node, nodes)
+        return _Known(None, (), (), barred, error.reason)
+    named = [(p.rule, nodes.index(p.node), tuple(nodes.index(n) for n in p.nodes)) for p in parts(view, cone)]
+    return _Known(made, tuple(inputs.index(leaf) for leaf in lifted.leaves), tuple(named))
+
+
+def _reader(leaf: fx.Node, nodes: list[fx.Node]) -> int | None:
+    """The first node of the cone that reads an operand which cannot be one."""
+    return next((k for k, n in enumerate(nodes) if leaf in n.all_input_nodes), None)
+
+
+def _worthwhile(view: GraphView, region: Region, options: Options) -> bool:
+    """Named regions, and unnamed ones that spare at least one trip through memory."""
+    names = set(region.counts())
+    if names & options.disable:
+        return False
+    if region.parts:
+        return True
+    wide = [n for n in region.cone.nodes if view.op(n).kind in ARITHMETIC and view.value(n).dim() and _elements(view, n) > 1]
+    return len(wide) >= 2 and any(view.needs_grad(n) for n in region.cone.results) and UNNAMED not in options.disable
+
+
+def _elements(view: GraphView, node: fx.Node) -> int:
+    value = view.value(node)
+    return 2 if any(not isinstance(s, int) for s in value.shape) else value.numel()
+
+
+def _with_producer(found: Found, growth: Growth, region: Region) -> Region:
+    """A residual add that the region reads and others read too, computed in the same kernel and written for them."""
+    view, cone = found.view, region.cone
+    shape = view.value(cone.sink).shape
+    for leaf in region.operands:
+        if not growth.liftable(leaf) or view.op(leaf).kind != "pointwise" or not isinstance(view.example(leaf), torch.Tensor):
+            continue
+        if tuple(view.value(leaf).shape) != tuple(shape) or leaf in growth.barred or len(cone.results) > 1:
+            continue
+        inner = growth.grow(leaf)
+        merged = Cone(cone.nodes | inner.nodes, (cone.sink, leaf))
+        if not _placeable(view, growth, merged):
+            continue
+        known, nodes, inputs = _look(view, merged)
+        if known.plan is not None:
+            made = tuple(Part(r, nodes[k], frozenset(nodes[i] for i in inside)) for r, k, inside in known.parts)
+            if Counter(p.rule for p in made) >= Counter(p.rule for p in region.parts):
+                return replace(region, cone=merged, plan=known.plan, operands=tuple(inputs[k] for k in known.operands), parts=made)
+    return region
+
+
+def _placeable(view: GraphView, growth: Growth, cone: Cone) -> bool:
+    """Whether there is a place after every operand and before every outside reader."""
+    last = max((growth.order[n] for n in leaves(cone)), default=-1)
+    first = min((growth.order[u] for r in cone.results for u in view.users(r) if u not in cone.nodes), default=len(view.nodes))
+    return last < first and len({view.grad_enabled(n) for n in cone.nodes}) == 1
+
+
+def located(view: GraphView, misses: list[Miss]) -> Iterator[tuple[str, str, str]]:
+    """(rule, location, reason) of every miss."""
+    for miss in misses:
+        yield miss.rule, view.location(miss.node), miss.reason

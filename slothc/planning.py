@@ -1,0 +1,248 @@
+"""From a lifted region to a frozen plan: sizes made symbolic, the backward derived, what is saved decided.
+
+A plan holds no batch or sequence size: a row axis's size is a symbol that the launcher finds from the operands' shapes, so that one
+plan, derived and checked once, serves every length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import sympy as sp
+import torch
+from torch import fx
+
+from slothc.gradients.geometry import Access, Axis, Form, Size
+from slothc.gradients.plan import Operand, Pass, Plan
+from slothc.gradients.program import Input, Output, Program
+from slothc.gradients.reverse import NotDifferentiable, derive
+
+from .lift import STORAGE, CannotLift, Lifted, shape_of, size_of
+from .lift_forms import same
+from .saving import saved_stages
+from .statistics import counts
+from .view import GraphView
+
+
+def plan(view: GraphView, lifted: Lifted) -> Plan:
+    """The plan of a lifted region. Raises ``CannotLift`` where a gradient or a size has no formula."""
+    forward = _Abstract(view, lifted).run()
+    wrt = _wrt(lifted, forward)
+    if not wrt:
+        return Plan(forward, None, len(lifted.results), (), ())
+    if forward.text not in _derived:
+        _derived[forward.text] = _derive(lifted, forward, wrt)
+    return _derived[forward.text]
+
+
+_derived: dict[str, Plan] = {}
+
+
+def _derive(lifted: Lifted, forward: Pass, wrt: tuple[int, ...]) -> Plan:
+    counts["derived"] += 1
+    try:
+        backward = derive(forward.program, [i.name for i in forward.program.inputs if i.differentiable])
+    except NotDifferentiable as error:
+        raise CannotLift(lifted.results[0], str(error)) from None
+    return _joined(forward, backward, wrt)
+
+
+class _Abstract:
+    """Replaces the sizes of one graph by symbols."""
+
+    def __init__(self, view: GraphView, lifted: Lifted) -> None:
+        self.view, self.lifted = view, lifted
+        self.actual: dict[str, Size] = {a.name: a.size for a in (*lifted.axes, lifted.lane)}
+        self.names = {a.name: f"a{k}" for k, a in enumerate(lifted.axes)} | {lifted.lane.name: "i"}
+        self.symbols: dict[str, Size] = {a.name: sp.Symbol(f"n{k}", integer=True, positive=True) for k, a in enumerate(lifted.axes)}
+        if self._lane_is_free():
+            self.symbols[lifted.lane.name] = sp.Symbol("n", integer=True, positive=True)
+        elif isinstance(lifted.lane.size, int):
+            self.symbols[lifted.lane.name] = lifted.lane.size
+        else:
+            raise CannotLift(lifted.results[0], "the row is cut at a place known only at run time")
+        self.extra = 0
+
+    def _lane_is_free(self) -> bool:
+        lane = self.lifted.lane.name
+        accesses = [a for a in (*self.lifted.loads, *self.lifted.stores) if a]
+        forms = [f for a in accesses for f in a.index]
+        used = [f for f in forms if lane in f.axes]
+        whole = all(f.const == 0 and f.coefficient(lane) == 1 for f in used)
+        return whole and all(f.const == 0 for f in forms)
+
+    def run(self) -> Pass:
+        lifted = self.lifted
+        reads = [self._operand(leaf, [a for a in lifted.loads if a and a.tensor == k], leaf) for k, leaf in enumerate(lifted.leaves)]
+        writes = [self._operand(node, [a for a in lifted.stores if a.tensor == k], node) for k, node in enumerate(lifted.results)]
+        axes = tuple(Axis(self.names[a.name], self.symbols[a.name]) for a in lifted.axes)
+        lane = Axis("i", self.symbols[lifted.lane.name])
+        count = {n: self._count(e) for n, e in lifted.sizes}
+        loads = tuple(self._access(a) if a else None for a in lifted.loads)
+        return Pass(lifted.program, axes, lane, loads, tuple(map(self._access, lifted.stores)), tuple(reads), tuple(writes), tuple(count.items()))
+
+    def _count(self, size: Size) -> Size:
+        lane = self.lifted.lane
+        times = size // lane.size if isinstance(size, int) and isinstance(lane.size, int) and lane.size else sp.cancel(sp.sympify(size) / lane.size)
+        return self.symbols[lane.name] * times
+
+    def _access(self, access: Access) -> Access:
+        return Access(access.tensor, tuple(self._form(f)[0] for f in access.index))
+
+    def _form(self, form: Form) -> tuple[Form, Size, Size]:
+        """The form over symbols, and one past its largest value: as it is here, and over symbols."""
+        terms = dict(form.terms)
+        result, actual, abstract = Form((), form.const), 1, sp.Integer(1)
+        while terms:
+            axis = next((a for a, c in terms.items() if same(c, actual)), None)
+            if axis is None:
+                axis = min(terms, key=lambda a: _at_64(terms[a]))
+                abstract = sp.sympify(terms[axis])
+                if abstract.free_symbols:
+                    raise CannotLift(self.lifted.results[0], f"a stride of {abstract} elements is known only at run time")
+            c = terms.pop(axis)
+            result = result + Form(((self.names[axis], int(abstract) if sp.sympify(abstract).is_Integer else abstract),))
+            actual, abstract = c * self.actual[axis], abstract * self.symbols[axis]
+        return result, actual, abstract
+
+    def _operand(self, node: fx.Node, accesses: Sequence[Access], named: fx.Node) -> Operand:
+        shape = shape_of(self.view, node)
+        dims: list[Size] = []
+        for d, size in enumerate(shape):
+            forms = [self._form(a.index[d]) for a in accesses]
+            fit = next((abstract for f, actual, abstract in forms if f.terms and f.const == 0 and same(actual, size)), None)
+            if fit is None and not isinstance(size, int):
+                fit = sp.Symbol(f"m{self.extra}", integer=True, positive=True)
+                self.extra += 1
+            dims.append(size if fit is None else int(fit) if sp.sympify(fit).is_Integer else fit)
+        value = self.view.value(named)
+        strides, sizes = [_typical(s) for s in value.stride()], [_typical(s) for s in value.shape]
+        order = tuple(sorted(range(len(shape)), key=lambda d: (-strides[d] if sizes[d] > 1 else -(10**15), d)))
+        order = _settled(order, sizes)
+        return Operand(tuple(dims), STORAGE[value.dtype], None if order == tuple(range(len(shape))) else order)
+
+
+def _at_64(size: Size) -> int:
+    """The size with every symbol at 64: enough to order strides."""
+    size = sp.sympify(size)
+    return int(size.subs({x: 64 for x in size.free_symbols}))
+
+
+def _typical(s: int | torch.SymInt) -> int:
+    return _at_64(size_of(s))
+
+
+def _settled(order: tuple[int, ...], sizes: Sequence[int]) -> tuple[int, ...]:
+    """Dimensions of size 1 lie anywhere in memory: put them where they keep the order plain."""
+    big = [d for d in order if sizes[d] > 1]
+    if big == sorted(big):
+        return tuple(range(len(sizes)))
+    return order
+
+
+def _wrt(lifted: Lifted, forward: Pass) -> tuple[int, ...]:
+    """Numbers of the operands that get a gradient. Raises ``CannotLift`` for one that is broadcast over some rows only."""
+    found: set[int] = set()
+    rows = {a.name for a, b in zip(forward.axes, lifted.axes) if b.size != 1}
+    for i, access in zip(forward.program.inputs, forward.loads):
+        if i.differentiable and access is not None:
+            if i.kind.rows and not rows <= access.axes:
+                raise CannotLift(lifted.leaves[access.tensor], "a gradient summed over some of the rows")
+            found.add(access.tensor)
+    return tuple(sorted(found))
+
+
+@dataclass
+class _Numbering:
+    """Tensor numbers of the backward: operands it reads, saved values, cotangents."""
+
+    operands: dict[int, int]
+    saved: dict[str, int]
+    cotangents: int
+
+
+def _joined(forward: Pass, backward: Program, wrt: tuple[int, ...]) -> Plan:
+    stored = sorted(saved_stages(forward.program, backward), key=[s.name for s in forward.program.stages].index)
+    rounded = {s.name: s.dtype or "fp32" for s in forward.program.stages}
+    backward = _reading(backward, {n: Input(n, forward.program.kinds[n], rounded[n], differentiable=False) for n in stored})
+    load = dict(zip((i.name for i in forward.program.inputs), forward.loads))
+    read = {load[i.name].tensor for i in backward.inputs if i.name in load and load[i.name]}  # type: ignore[union-attr]
+    saved_operands = tuple(sorted(read))
+    numbering = _Numbering(
+        {t: k for k, t in enumerate(saved_operands)}, {n: len(saved_operands) + k for k, n in enumerate(stored)}, len(saved_operands) + len(stored)
+    )
+    extra = [_kept(forward, n, len(forward.writes) + k, rounded[n]) for k, n in enumerate(stored)]
+    outputs = (*forward.program.outputs, *(o for o, _, _ in extra))
+    whole = replace(
+        forward, program=replace(forward.program, outputs=outputs),
+        stores=(*forward.stores, *(a for _, a, _ in extra)), writes=(*forward.writes, *(t for _, _, t in extra)),
+    )  # fmt: skip
+    store = {f"g_{o.name}": a for o, a in zip(forward.program.outputs, forward.stores)}
+    kept = {n: a for n, (_, a, _) in zip(stored, extra)}
+    stores = tuple(_as_access(load[o.name.removeprefix("d_")]) for o in backward.outputs)
+    targets, backward, stores = _shared(forward, backward, stores, wrt)
+    loads = tuple(_load(i, load, store, kept, numbering) for i in backward.inputs)
+    first = [wrt[targets.index(k)] for k in range(max(targets) + 1)]
+    renumber = {t: k for k, t in enumerate(first)}
+    stores = tuple(Access(renumber[a.tensor], a.index) for a in stores)
+    reads = (*(forward.reads[t] for t in saved_operands), *(t for _, _, t in extra), *forward.writes)
+    sizes = tuple((n, e) for n, e in forward.sizes if n in backward.input)
+    writes = tuple(_gradient_operand(forward, t, stores, k) for k, t in enumerate(first))
+    back = Pass(backward, forward.axes, forward.lane, loads, stores, reads, writes, sizes)
+    return Plan(whole, back, len(forward.writes), saved_operands, wrt, targets)
+
+
+def _as_access(access: Access | None) -> Access:
+    assert access is not None
+    return access
+
+
+def _shared(
+    forward: Pass, backward: Program, stores: tuple[Access, ...], wrt: tuple[int, ...]
+) -> tuple[tuple[int, ...], Program, tuple[Access, ...]]:
+    """Operands whose gradients are the same formula at the same places get one tensor: the targets, and the program without repeats."""
+    written: dict[int, tuple[object, ...]] = {}
+    for t in wrt:
+        mine = [(o, a) for o, a in zip(backward.outputs, stores) if a.tensor == t]
+        written[t] = (forward.reads[t], *((_value(backward, o.value), a.index, o.dtype, o.over_rows) for o, a in mine))
+    leader = {t: next(u for u in wrt if written[u] == written[t]) for t in wrt}
+    kept = [k for k, a in enumerate(stores) if leader[a.tensor] == a.tensor]
+    firsts = list(dict.fromkeys(leader[t] for t in wrt))
+    program = Program(backward.inputs, backward.stages, tuple(backward.outputs[k] for k in kept)).pruned()
+    return tuple(firsts.index(leader[t]) for t in wrt), program, tuple(stores[k] for k in kept)
+
+
+def _value(program: Program, name: str) -> object:
+    return program.stage[name].value if name in program.stage else name
+
+
+def _reading(backward: Program, saved: Mapping[str, Input]) -> Program:
+    """The backward with some recomputed stages read from memory in their place."""
+    stages = tuple(s for s in backward.stages if s.name not in saved)
+    return Program((*backward.inputs, *saved.values()), stages, backward.outputs).pruned()
+
+
+def _kept(forward: Pass, name: str, number: int, dtype: str) -> tuple[Output, Access, Operand]:
+    """A stage stored for the backward: its output, access and tensor [row axes..., lane where it has one]."""
+    kind = forward.program.kinds[name]
+    axes = [*(forward.axes if kind.rows else ()), *([forward.lane] if kind.lanes else [])]
+    return Output(f"keep_{name}", name, dtype), Access(number, tuple(Form.axis(a.name) for a in axes)), Operand(tuple(a.size for a in axes), dtype)
+
+
+def _load(i: Input, load: Mapping[str, Access | None], store: Mapping[str, Access], kept: Mapping[str, Access], n: _Numbering) -> Access | None:
+    if i.name in store:
+        return Access(n.cotangents + store[i.name].tensor, store[i.name].index)
+    if i.name in kept:
+        return Access(n.saved[i.name], kept[i.name].index)
+    access = load[i.name]
+    return None if access is None else Access(n.operands[access.tensor], access.index)
+
+
+def _gradient_operand(forward: Pass, tensor: int, stores: Sequence[Access], number: int) -> Operand:
+    """The gradient's tensor: like the operand, zeroed first where the region reads only part of it."""
+    operand = forward.reads[tensor]
+    sizes = {a.name: a.size for a in (*forward.axes, forward.lane)}
+    mine = [a for a in stores if a.tensor == number]
+    covered = sum((sp.Mul(*(sizes[x] for x in a.axes)) for a in mine), sp.Integer(0))
+    return replace(operand, zero=not same(covered, sp.Mul(*operand.shape)))

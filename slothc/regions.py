@@ -1,0 +1,101 @@
+"""Which nodes to lift together: the fan-in of a value that nothing else reads.
+
+A cone is a value with every liftable node whose only readers are inside the cone. It has one result, it is convex by construction, and
+it does not depend on how the model spells anything. A value that has other readers stays an operand, unless a cheap producer (a residual
+add) can be computed in the same kernel and written once for all readers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import networkx as nx
+import torch
+from torch import fx
+
+from .view import GraphView
+
+ARITHMETIC = {"pointwise", "reduce", "norm", "softmax", "cat", "stack", "cast", "complex"}
+VIEWS = {"identity", "reshape", "permute", "expand", "index", "split", "item"}
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Cone:
+    """Nodes to lift together; ``results`` are the values that others read, the last one made first."""
+
+    nodes: frozenset[fx.Node]
+    results: tuple[fx.Node, ...]
+
+    @property
+    def sink(self) -> fx.Node:
+        return self.results[0]
+
+
+class Growth:
+    """Grows cones in one graph; ``taken`` nodes belong to structural rules."""
+
+    def __init__(self, view: GraphView, taken: set[fx.Node]) -> None:
+        self.view, self.taken = view, set(taken)
+        self.order = {n: k for k, n in enumerate(view.nodes)}
+        self.barred: set[fx.Node] = set()
+
+    def liftable(self, node: fx.Node) -> bool:
+        """Whether the node may be part of a cone."""
+        view = self.view
+        if node in self.taken or not view.alive(node) or node.op in ("placeholder", "output", "get_attr"):
+            return False
+        kind = view.op(node).kind
+        if kind not in ARITHMETIC and kind not in VIEWS or view.mutated(node):
+            return False
+        value = view.example(node)
+        if kind == "split":
+            return all(isinstance(v, torch.Tensor) for v in value)
+        return isinstance(value, torch.Tensor) and (value.dtype in FLOATS or value.dtype == torch.bool or value.dtype.is_complex)
+
+    def cones(self) -> Iterator[Cone]:
+        """Every cone, last value first. ``barred`` nodes, set while iterating, are no longer taken in."""
+        for node in reversed(self.view.nodes):
+            if self.liftable(node) and self.view.op(node).kind in ARITHMETIC and self.view.dtype(node) in FLOATS:
+                yield self.grow(node)
+
+    def grow(self, sink: fx.Node) -> Cone:
+        """The cone of ``sink`` over the nodes that are free."""
+        cone, mode = {sink}, self.view.grad_enabled(sink)
+        waiting = set(sink.all_input_nodes)
+        while waiting:
+            node = max(waiting, key=self.order.__getitem__)
+            waiting.remove(node)
+            inside = all(u in cone for u in self.view.users(node))
+            if inside and node not in self.barred and self.view.grad_enabled(node) == mode and self.liftable(node):
+                cone.add(node)
+                waiting.update(n for n in node.all_input_nodes if n not in cone)
+        return Cone(frozenset(cone), (sink,))
+
+    def claim(self, cone: Cone) -> None:
+        self.taken |= cone.nodes
+
+
+def leaves(cone: Cone) -> list[fx.Node]:
+    """The values a cone reads, in graph order of first use."""
+    found: dict[fx.Node, None] = {}
+    for node in cone.nodes:
+        for n in node.all_input_nodes:
+            if n not in cone.nodes:
+                found[n] = None
+    return list(found)
+
+
+def cut_points(cone: Cone) -> list[fx.Node]:
+    """The values of the cone, nearest the sink first, that everything computed before them passes through on its way to the sink."""
+    graph = nx.DiGraph()
+    graph.add_node(cone.sink)
+    for node in cone.nodes:
+        for n in node.all_input_nodes:
+            if n in cone.nodes:
+                graph.add_edge(node, n)
+    above = nx.immediate_dominators(graph, cone.sink)
+    depth = {n: len(nx.descendants(graph, n)) for n in above}
+    heads = {d for n, d in above.items() if d not in (None, cone.sink, n)}
+    return sorted(heads, key=lambda n: -depth[n])

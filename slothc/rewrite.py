@@ -1,0 +1,199 @@
+"""Splicing what was found into the graph: check each distinct plan once, replace its nodes, drop what fails."""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from slothc.kernels import rowwise_op
+from slothc.patterns.rule import Match, Miss
+from torch import fx
+
+from . import bind
+from .check import check
+from .errors import RegionDropped, VerificationFailed
+from .found import Found, Region, find
+from .lift import shape_of
+from .options import Options
+from .regions import leaves
+from .statistics import counts
+from .view import GraphView
+
+_verdicts: dict[str, str | None] = {}
+
+
+@dataclass
+class Rewritten:
+    """One graph after the rewrite: what was used, what was found and dropped, and the same for its child graphs."""
+
+    found: Found
+    used: list[Region | Match] = field(default_factory=list)
+    dropped: list[Miss] = field(default_factory=list)
+    children: list[Rewritten] = field(default_factory=list)
+
+    def all(self) -> list[Rewritten]:
+        return [self, *(x for c in self.children for x in c.all())]
+
+
+def rewrite(module: fx.GraphModule, options: Options, run: bool = True, view: GraphView | None = None) -> Rewritten:
+    """Rewrite ``module`` in place and report. ``run=False`` (explain) neither checks nor changes anything."""
+    counts["graphs"] += 1
+    view = GraphView(module) if view is None else view
+    result = Rewritten(find(view, options))
+    for caller, child in view.child_modules():
+        result.children.append(rewrite(child, options, run, view.child(caller, child)))
+    for item in (*result.found.regions, *result.found.matches):
+        _use(result, item, options, run)
+    if run:
+        _Splice(view).all(result.used)
+    return result
+
+
+def _use(result: Rewritten, item: Region | Match, options: Options, run: bool) -> None:
+    view, node = result.found.view, item.cone.sink if isinstance(item, Region) else item.node
+    if run:
+        try:
+            _checked(view, item, options)
+        except Exception as error:
+            result.dropped.append(_drop(view, item.rule, node, error))
+            return
+    result.used.append(item)
+
+
+def _drop(view: GraphView, rule: str, node: fx.Node, error: Exception) -> Miss:
+    text = str(error) if isinstance(error, VerificationFailed) else f"{type(error).__name__}: {error}".splitlines()[0]
+    message = f"sloth leaves {rule} at {view.location(node)} to eager: {text}"
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, RegionDropped, stacklevel=3)
+    return Miss(rule, node, text)
+
+
+_warned: set[str] = set()
+
+
+def _checked(view: GraphView, item: Region | Match, options: Options) -> None:
+    """Check a rewrite, once for each distinct plan, dtype and device. Raises what the check raises."""
+    job = _region_job(view, item) if isinstance(item, Region) else _match_job(view, item)
+    if job is None or options.verify == "off" or job.device.type == "meta":
+        return
+    if job.key not in _verdicts or options.verify == "always":
+        try:
+            check(view, job.nodes, job.inputs, job.results, job.ours)
+            _verdicts[job.key] = None
+        except VerificationFailed as error:
+            _verdicts[job.key] = str(error)
+        except Exception as error:
+            _verdicts[job.key] = f"{type(error).__name__}: {error}".splitlines()[0]
+    if _verdicts[job.key] is not None:
+        raise VerificationFailed(_verdicts[job.key])
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One check: the original nodes, and the rewrite as a function of the same inputs."""
+
+    key: str
+    device: torch.device
+    nodes: list[fx.Node]
+    inputs: list[fx.Node]
+    results: tuple[fx.Node, ...]
+    ours: Callable[..., Any]
+
+
+def _region_job(view: GraphView, region: Region) -> _Job:
+    inputs = leaves(region.cone)
+    place = [inputs.index(n) for n in region.operands]
+    call = rowwise_op.call(region.plan)
+    device = view.value(region.cone.sink).device
+    return _Job(
+        f"{region.plan.key} {device}", device, list(region.cone.nodes), inputs, region.cone.results,
+        lambda *values: call(*(values[k] for k in place)),
+    )  # fmt: skip
+
+
+def _match_job(view: GraphView, match: Match) -> _Job | None:
+    """The match's main value, from the inputs of its own call; None where the graph is left as it is."""
+    replacement = next((r for r in bind.calls(match) if r.node is match.node), None)
+    if replacement is None:
+        return None
+    nodes = _between(match.node, {a for a in replacement.args if isinstance(a, fx.Node)})
+    inputs = [n for n in view.nodes if n not in nodes and any(n in x.all_input_nodes for x in nodes)]
+    arguments, kwargs = replacement.args, dict(replacement.kwargs)
+
+    def ours(*values: Any) -> Any:
+        given = dict(zip(inputs, values))
+        return replacement.target(*(given.get(a, a) if isinstance(a, fx.Node) else a for a in arguments), **kwargs)
+
+    missing = [a for a in arguments if isinstance(a, fx.Node) and a not in inputs]
+    value = view.value(match.node)
+    text = " ".join(f"{shape_of(view, n)[-2:]}{view.value(n).dtype}{view.needs_grad(n)}" for n in inputs if isinstance(view.example(n), torch.Tensor))
+    static = {k: v for k, v in match.attrs.items() if isinstance(v, int | float | str | bool | torch.dtype | None)}
+    numbers = [a for a in arguments if not isinstance(a, fx.Node)]
+    key = f"{match.rule} {text} {static} {numbers} {len(nodes)} {value.device}"
+    if missing:
+        return None
+    return _Job(key, value.device, list(nodes), inputs, (match.node,), ours)
+
+
+def _between(node: fx.Node, leaves: set[fx.Node]) -> set[fx.Node]:
+    """The nodes from ``leaves`` to ``node``, ``node`` included."""
+    found, waiting = {node}, [node]
+    while waiting:
+        for n in waiting.pop().all_input_nodes:
+            if n not in leaves and n not in found and n.op not in ("placeholder", "get_attr"):
+                found.add(n)
+                waiting.append(n)
+    return found
+
+
+class _Splice:
+    """Replaces nodes by calls. ``new`` maps replaced nodes to what took their place."""
+
+    def __init__(self, view: GraphView) -> None:
+        self.view, self.graph = view, view.graph_module.graph
+        self.new: dict[fx.Node, fx.Node] = {}
+        self.effects = {n for n in view.nodes if view.has_effect(n)}
+
+    def all(self, items: list[Region | Match]) -> None:
+        for item in items:
+            if isinstance(item, Region):
+                self.region(item)
+            else:
+                for r in bind.calls(item):
+                    self.replace(r.node, r.target, r.args, dict(r.kwargs))
+        for node in reversed(self.graph.nodes):
+            if not node.users and node not in self.effects and node.op not in ("placeholder", "output"):
+                self.graph.erase_node(node)
+        self.graph.lint()
+        self.view.graph_module.recompile()
+
+    def _current(self, args: Any) -> Any:
+        return fx.map_arg(args, lambda n: self.new.get(n, n))
+
+    def replace(self, node: fx.Node, target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        with self.graph.inserting_before(node):
+            made = self.graph.call_function(target, self._current(args), self._current(kwargs))
+        self._instead(node, made)
+
+    def _instead(self, node: fx.Node, made: fx.Node) -> None:
+        made.meta = dict(node.meta)
+        node.replace_all_uses_with(made)
+        self.new[node] = made
+
+    def region(self, region: Region) -> None:
+        results, call = region.cone.results, rowwise_op.call(region.plan)
+        if len(results) == 1:
+            self.replace(results[0], call, region.operands, {})
+            return
+        readers = {u for r in results for u in r.users if u not in region.cone.nodes}
+        anchor = next(n for n in self.graph.nodes if n in readers)
+        with self.graph.inserting_before(anchor):
+            made = self.graph.call_function(call, self._current(region.operands))
+            values = [self.graph.call_function(operator.getitem, (made, k)) for k in range(len(results))]
+        for node, value in zip(results, values):
+            self._instead(node, value)
