@@ -24,7 +24,7 @@ TABLE: dict[str, Row] = {**POINTWISE, **VIEWS, **MATRIX}
 
 _NAMESPACES: tuple[tuple[ModuleType | Any, str], ...] = (
     (torch, ""), (operator, ""), (torch._C._nn, ""), (F, "F."), (torch.special, "special."), (torch.linalg, "linalg."),
-    (torch.Tensor, ""),
+    (torch._C._autograd, ""), (torch.Tensor, ""),
 )  # fmt: skip
 
 
@@ -96,6 +96,8 @@ def _meaning(node: fx.Node, name: str, row: Row, example: Callable[[Any], Any]) 
         return row.make(Call(node, name, bound, example))
     except Decline as reason:
         return Op("opaque", _operands(node), {"fn": name, "reason": str(reason)})
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:  # an overload that no row foresaw
+        return Op("opaque", _operands(node), {"fn": name, "reason": f"unexpected arguments: {error}"})
 
 
 def _mutation(node: fx.Node, name: str, targets: tuple[fx.Node, ...]) -> Op:

@@ -58,6 +58,8 @@ def _normalised(fn: str) -> Callable[[Call], Op]:
         shape = call["sizes"]
         shape = tuple(shape) if isinstance(shape, tuple | list) else (shape,)
         args = (node_of(call["x"]), call["weight"], call.bound.get("bias"))
+        if not all(arg is None or isinstance(arg, fx.Node) for arg in args) or not all(is_number(n) for n in shape):
+            raise Decline("the weight, the bias or the normalised shape is not one")
         return Op("norm", args, {"fn": fn, "eps": call["eps"], "shape": shape})
 
     return make

@@ -253,7 +253,7 @@ def _rows() -> dict[str, Row]:
     put(_CONVERT, "x *rest", convert, **dict.fromkeys(_CONVERSION_OPTIONS))
     put("contiguous alias", "x", _same, memory_format=None)
     put("clone", "x", _clone, memory_format=None)
-    put("detach", "x", _detach)
+    put("detach _get_data_attr", "x", _detach)
     put("F.dropout", "x p training inplace", _dropout, p=0.5, training=True, inplace=False)
     put("dropout", "x p training", _dropout)
     put("max", "x other keepdim", _max_or_maximum("max"), other=None, dim=None, keepdim=False)

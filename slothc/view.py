@@ -29,6 +29,7 @@ _EFFECTS = (
     "set_rng_state",
     "sym_constrain",
 )
+_NESTING = ("_vmap_", "_grad_", "_jvp_")
 
 
 class MissingValue(KeyError):
@@ -52,6 +53,7 @@ class GraphView:
         self._values: dict[fx.Node, Any] = dict(values or {})
         self._ops: dict[fx.Node, Op] = {}
         self._grad = _grad_spans(self.nodes, grad_enabled)
+        self._nested = _nested(self.nodes)
         self._alive: set[fx.Node] | None = None
         self._mutated: set[fx.Node] | None = None
         self._children: dict[tuple[fx.Node, fx.GraphModule], GraphView] = {}
@@ -60,7 +62,10 @@ class GraphView:
         """The node's canonical meaning."""
         found = self._ops.get(node)
         if found is None:
-            found = self._ops[node] = meaning(node, self.example)
+            found = meaning(node, self.example)
+            if node in self._nested and found.kind not in ("input", "opaque"):
+                found = Op("opaque", tuple(node.all_input_nodes), {"fn": target_name(node), "reason": "inside vmap"})
+            self._ops[node] = found
         return found
 
     def example(self, node: Any) -> Any:
@@ -154,7 +159,7 @@ class GraphView:
             return False
         name = target_name(node)
         gives_nothing = not node.users and self.example(node) is None and name not in _WITHOUT_EFFECT
-        return gives_nothing or name.startswith(_EFFECTS)
+        return gives_nothing or name.startswith(_EFFECTS + _NESTING)
 
     def _find_mutated(self) -> set[fx.Node]:
         groups = Groups()
@@ -192,4 +197,16 @@ def _grad_spans(nodes: tuple[fx.Node, ...], enabled: bool) -> dict[fx.Node, bool
         if node.op == "call_function" and node.target is torch._C._set_grad_enabled:
             enabled = bool(node.args[0])
         found[node] = enabled
+    return found
+
+
+def _nested(nodes: tuple[fx.Node, ...]) -> set[fx.Node]:
+    """Nodes between functorch's increment and decrement of a nesting level: their shapes hide the batched dims."""
+    depth, found = 0, set()
+    for node in nodes:
+        name = target_name(node) if node.op == "call_function" else ""
+        if name.startswith(_NESTING) and name.endswith(("_increment_nesting", "_decrement_nesting")):
+            depth += 1 if "increment" in name else -1
+        if depth:
+            found.add(node)
     return found

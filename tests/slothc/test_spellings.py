@@ -387,5 +387,13 @@ def test_symbolic_sizes_are_scalars_and_add_no_guard() -> None:
     )
 
 
+def test_arguments_that_no_row_foresaw_are_opaque() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    for target in (torch.cat, torch.softmax, torch.view_as_complex, operator.getitem, F.layer_norm):
+        assert meaning(graph.call_function(target, (x, 1.5, {}))).kind == "opaque"
+        assert meaning(graph.call_function(target, ())).kind == "opaque"
+
+
 def test_every_row_is_reachable_by_name() -> None:
     assert len(TABLE) > 200 and all(name == name.strip() for name in TABLE)

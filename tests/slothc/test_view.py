@@ -126,6 +126,14 @@ def test_child_graphs_have_values_even_without_meta() -> None:
         assert child.op(tanh.args[0]).kind == "linear"
 
 
+def test_nothing_is_named_inside_vmap() -> None:
+    view = view_of(lambda x: torch.vmap(lambda row: row.sin() * 2)(x).cos(), x34())
+    inside = [view.op(node) for node in view.nodes if node.name.startswith("sin")]
+    assert [(op.kind, op.params["reason"]) for op in inside] == [("opaque", "inside vmap")]
+    assert view.op(by_fn(view, "cos")).kind == "pointwise"
+    assert all(view.alive(node) for node in view.nodes if "nesting" in node.name)
+
+
 def test_locations_are_short() -> None:
     view = view_of(lambda x: torch.nn.functional.silu(x.sin()), x34())
     assert view.location(by_fn(view, "sin")).startswith("slothc/test_view.py:")
