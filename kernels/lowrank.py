@@ -9,89 +9,20 @@ training.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
-import sympy as sp
 import torch
-from slothc.gradients.matrix import ONES, MatrixPlan, Step, lora_plan
+from slothc.gradients.matrix import ONES
 from torch.autograd.function import once_differentiable
 
-from .products import LOW, Matrix, Ones, product, total
+from .lowrank_program import OPERANDS, program, straight
+from .products import LOW, Matrix, Ones, native, widens
 
-OPERANDS = ("X", "Xa", "W", "b", "A", "B")  # the order of the tensor arguments
 LAYOUTS = ("nk", "kn")
-
-
-@dataclass(frozen=True)
-class _Term:
-    """coefficient(s) * left @ right; a transposed factor is read through ``.t()``. ``coefficient`` None is 1."""
-
-    coefficient: Callable[[float], float] | None
-    left: str
-    left_t: bool
-    right: str
-    right_t: bool
-
-    def read(self, env: Mapping[str, Matrix], scale: float) -> tuple[float, Matrix, Matrix]:
-        left, right = env[self.left], env[self.right]
-        return (
-            1.0 if self.coefficient is None else self.coefficient(scale),
-            left.t() if self.left_t else left,
-            right.t() if self.right_t else right,
-        )
-
-
-@dataclass(frozen=True)
-class _Run:
-    """A plan's step, ready to run. ``long``: it sums over tokens. ``operand``: whose gradient it is, if it is one."""
-
-    name: str
-    terms: tuple[_Term, ...]
-    long: bool
-    operand: str | None
-
-    def __call__(
-        self, env: Mapping[str, Matrix], scale: float, dtype: torch.dtype | None, strict: bool = False
-    ) -> torch.Tensor:
-        terms = [t.read(env, scale) for t in self.terms]
-        if len(terms) == 1:
-            alpha, left, right = terms[0]
-            return product(left, right, alpha, dtype, self.long)
-        return total(terms, dtype, strict)
-
-
-@dataclass(frozen=True)
-class _Program:
-    """The forward of one form of the linear, and the backward steps for one set of wanted gradients."""
-
-    forward: tuple[_Run, ...]
-    backward: tuple[_Run, ...]
-    saved: tuple[str, ...]
-    reads: frozenset[str]
-
-
-def _term(plan: MatrixPlan, term: Any) -> _Term:
-    coefficient = None if term.coefficient == 1 else sp.lambdify([sp.Symbol("s", real=True)], term.coefficient, "math")
-    return _Term(coefficient, term.left.name, term.left.transposed, term.right.name, term.right.transposed)
-
-
-def _run(plan: MatrixPlan, step: Step) -> _Run:
-    operand = {made: name for name, made in plan.gradients}.get(step.name)
-    long = any(plan.inner(t) == plan.rows for t in step.terms)
-    return _Run(step.name, tuple(_term(plan, t) for t in step.terms), long, operand)
-
-
-@cache
-def _program(layout: str, bias: bool, shared: bool, wanted: tuple[str, ...]) -> _Program:
-    plan = lora_plan(layout, bias, shared)
-    steps = plan.backward_for(wanted)
-    reads = frozenset(f.name for s in steps for t in s.terms for f in t.factors)
-    saved = tuple(name for name in plan.saved if name in reads)
-    return _Program(tuple(_run(plan, s) for s in plan.forward), tuple(_run(plan, s) for s in steps), saved, reads)
+_NOTHING = nullcontext()
 
 
 @dataclass(frozen=True)
@@ -120,7 +51,8 @@ class _Form:
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
     """[..., n] as [rows, n]: a view where strides allow, and with a unit stride so that no GEMM copies it again."""
-    x = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(_count(x), x.shape[-1])
+    if x.dim() != 2:
+        x = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(_count(x), x.shape[-1])
     return x if 1 in x.stride() else x.contiguous()
 
 
@@ -132,10 +64,9 @@ def _count(x: torch.Tensor) -> int:
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    kind = device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.autocast(kind, enabled=False)
-    return nullcontext()
+    if torch._C._is_any_autocast_enabled() and torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return _NOTHING
 
 
 def _form(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, out: Any, adapter: Any, layout: str) -> _Form:
@@ -157,13 +88,13 @@ def _forward(
     wanted: tuple[str, ...],
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """The result [..., N] and the intermediates that the gradients of ``wanted`` read."""
-    program = _program(form.layout, bias is not None, xa is None, wanted)
+    plan = program(form.layout, bias is not None, xa is None, wanted)
     with _without_autocast(x.device):
         env = form.env(x, xa, {"W": weight, "b": bias, "A": a, "B": b})
-        for step in program.forward:
+        for step in plan.forward:
             env[step.name] = step(env, scale, form.low if step.name == "Y" else None, strict=True)
     y = env["Y"].view(*x.shape[:-1], env["Y"].shape[-1])
-    return y, tuple(env[name] for name in program.saved)
+    return y, tuple(env[name] for name in plan.saved)
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -174,7 +105,7 @@ class _LoraLinear(torch.autograd.Function):
         ctx.key = (layout, bias is not None, xa is None, ctx.wanted)
         ctx.scale = scale
         y, kept = _forward(x, xa, weight, bias, a, b, scale, ctx.form, ctx.wanted)
-        reads = _program(*ctx.key).reads
+        reads = program(*ctx.key).reads
         ctx.shapes = (x.shape, x.dtype, None if xa is None else xa.dtype, None if bias is None else bias.dtype)
         ctx.dtypes = {"W": weight.dtype, "A": a.dtype, "B": b.dtype, "b": bias.dtype if bias is not None else None}
         ctx.save_for_backward(
@@ -185,14 +116,14 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        program, form = _program(*ctx.key), ctx.form
+        plan, form = program(*ctx.key), ctx.form
         shape, x_dtype, xa_dtype, _ = ctx.shapes
         x, xa, weight, _, a, b, *kept = ctx.saved_tensors
         found: dict[str, torch.Tensor] = {}
         with _without_autocast(grad.device):
             env = _operands(form, grad, {"X": x, "Xa": xa, "W": weight, "A": a, "B": b})
-            env.update(zip(program.saved, kept))
-            for step in program.backward:
+            env.update(zip(plan.saved, kept))
+            for step in plan.backward:
                 found_as = _gradient_dtype(step.operand, form, ctx.dtypes, xa_dtype)
                 env[step.name] = value = step(env, ctx.scale, found_as)
                 if step.operand:
@@ -261,8 +192,62 @@ def _check(
         raise ValueError(f"lora_linear: bias {tuple(bias.shape)} is not [{n}]")
 
 
+def _uniform(x, xa, weight, bias, a, b, out_dtype, adapter_dtype) -> bool:
+    """Whether everything is of one dtype that the device multiplies natively, without a bias."""
+    dtype = x.dtype
+    return (
+        bias is None
+        and weight.dtype is dtype
+        and a.dtype is dtype
+        and b.dtype is dtype
+        and (xa is None or xa.dtype is dtype)
+        and (out_dtype is None or out_dtype is dtype)
+        and (adapter_dtype is None or adapter_dtype is dtype)
+        and native(x.device.type, dtype)
+    )
+
+
+class _Uniform(torch.autograd.Function):
+    """The straight-line program: few Python steps around the GEMMs."""
+
+    @staticmethod
+    def forward(ctx, x, xa, weight, a, b, scale, layout):
+        needs = ctx.needs_input_grad
+        wanted = tuple(name for name, need in zip(("X", "Xa", "W", "A", "B"), needs) if need)
+        code = straight(layout, xa is None, wanted, x.dtype in LOW and widens(x.device))
+        with _without_autocast(x.device):
+            y, *kept = code.forward(_rows(x), None if xa is None else _rows(xa), weight, a, b, scale)
+        reads = code.reads
+        ctx.code, ctx.scale, ctx.shape = code, scale, x.shape
+        ctx.save_for_backward(
+            x if "X" in reads else None,
+            xa if "Xa" in reads else None,
+            weight if "W" in reads else None,
+            a if "A" in reads else None,
+            b if "B" in reads else None,
+            *kept,
+        )
+        return y.view(*x.shape[:-1], y.shape[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, xa, *others = ctx.saved_tensors
+        with _without_autocast(grad.device):
+            rows = (None if t is None else _rows(t) for t in (grad, x, xa))
+            dx, dxa, dw, da, db = ctx.code.backward(*rows, *others, ctx.scale)
+        shape = ctx.shape
+        return (
+            None if dx is None else dx.view(shape),
+            None if dxa is None else dxa.view(shape),
+            *(dw, da, db, None, None),
+        )
+
+
 def _autograd(x, xa, weight, bias, a, b, scale, out_dtype=None, adapter_dtype=None, layout="nk"):
     _check(x, xa, weight, bias, a, b, layout)
+    if _uniform(x, xa, weight, bias, a, b, out_dtype, adapter_dtype):
+        return _Uniform.apply(x, xa, weight, a, b, scale, layout)
     return _LoraLinear.apply(x, xa, weight, bias, a, b, scale, out_dtype, adapter_dtype, layout)
 
 

@@ -89,7 +89,7 @@ def product(
         if not native(device.type, a.dtype):
             return _gemm(a.float(), b.float(), alpha, dtype)
         if long and dtype is a.dtype and widens(device):
-            return _gemm(a, b, alpha, torch.float32).to(dtype)
+            return rounded(torch.mm(a, b, out_dtype=torch.float32), alpha, dtype)
         return _gemm(a, b, alpha, dtype)
     if dtype is torch.bfloat16 and native(device.type, dtype):
         left, right = _joined(_pairs(alpha, a, b, dtype))
@@ -130,6 +130,11 @@ def total(terms: Sequence[Term], dtype: torch.dtype, strict: bool) -> torch.Tens
     for alpha, a, b in rest[1:]:
         y = add_product(y, a, b, alpha)
     return y
+
+
+def rounded(p: torch.Tensor, alpha: float, dtype: torch.dtype) -> torch.Tensor:
+    """alpha * p, scaled in p's dtype and rounded to ``dtype`` in one pass."""
+    return p.to(dtype) if alpha == 1 else torch.mul(p, alpha, out=torch.empty_like(p, dtype=dtype))
 
 
 def _rounds(terms: Sequence[Term], rest: Sequence[Term], dtype: torch.dtype) -> bool:

@@ -8,7 +8,7 @@ import itertools
 
 import pytest
 import torch
-from slothc.kernels import products
+from slothc.kernels import lowrank, products
 from slothc.kernels.lowrank import lora_linear
 from torch import nn
 from torch.nn import functional as F
@@ -214,7 +214,8 @@ def widening(monkeypatch):
         "addmm",
         lambda c, a, b, alpha=1, out_dtype=None: addmm(c, wide(a, out_dtype), wide(b, out_dtype), alpha=alpha),
     )
-    monkeypatch.setattr(products, "widens", lambda device: True)
+    for module in (products, lowrank):
+        monkeypatch.setattr(module, "widens", lambda device: True)
     monkeypatch.setattr(products, "widens_onto", lambda device: True)
 
 
