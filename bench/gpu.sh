@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that only a CUDA machine can show, in one run: the kernel tests compiled, training steps beside the peers, and
-# whether LoRA learns as in fp32. Needs python3 with torch, triton, transformers and peft; nothing is installed or downloaded.
+# whether LoRA learns as in fp32. Needs python3 (or $PYTHON) with torch, triton, transformers and peft; nothing is installed or downloaded.
 #
 #   bench/gpu.sh [-s site.tgz] [-o OUT] [-k SECONDS] [-t SECONDS] [-l SECONDS] [part ...]
 #
@@ -14,7 +14,7 @@ out="$root/bench/out" site="" kernels_s=240 train_s=600 curve_s=300
 while getopts "s:o:k:t:l:h" option; do
   case $option in
     s) site=$OPTARG ;; o) out=$OPTARG ;; k) kernels_s=$OPTARG ;; t) train_s=$OPTARG ;; l) curve_s=$OPTARG ;;
-    *) sed -n '2,11p' "$0"; exit 2 ;;
+    *) sed -n '2,10p' "$0"; exit 2 ;;
   esac
 done
 shift $((OPTIND - 1))
@@ -27,7 +27,7 @@ fi
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
 unset TRITON_INTERPRET
-python3 -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "no CUDA device: use make bench-cpu")' || exit 2
+"${PYTHON:-python3}" -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "no CUDA device: use make bench-cpu")' || exit 2
 
 status=0 logs=()
 # part NAME SECONDS COMMAND...: run under a limit, keep the log, go on whatever happens
@@ -38,19 +38,19 @@ part() {
   else echo "   $name: exit code $?"; tail -n 15 "$out/$name.err" "$out/$name.log"; status=1; fi
   logs+=("$out/$name.log")
 }
-train() { part "$1" "$train_s" python3 "$root/bench/train.py" --out "$out" --name "$1" --timeout "$((train_s / 2))" "${@:2}"; }
+train() { part "$1" "$train_s" "${PYTHON:-python3}" "$root/bench/train.py" --out "$out" --name "$1" --timeout "$((train_s / 2))" "${@:2}"; }
 
 cd "$root"
 for name in "$@"; do
   case $name in
-    kernels) part kernel-tests "$kernels_s" python3 -m pytest tests/kernels -m "not slow" -p no:cacheprovider -x --tb=short ;;
+    kernels) part kernel-tests "$kernels_s" "${PYTHON:-python3}" -m pytest tests/kernels -m "not slow" -p no:cacheprovider -x --tb=short ;;
     train)
       train llama8b-lora --model llama8b --systems eager,inductor,liger,sloth --profile
       train llama1b-lora --model llama1b --batch 4 --systems eager,liger,sloth ;;
     ckpt) train llama8b-lora-ckpt --model llama8b --ckpt --systems eager,liger,unsloth,sloth ;;
     full) train llama1b-full --model llama1b --mode full --batch 4 --systems eager,inductor,liger,sloth ;;
-    curve) part lora-curve "$curve_s" python3 "$root/bench/lora_curve.py" --out "$out" ;;
-    micro) part kernel-rates "$train_s" python3 -m pytest bench/kernels.py -p no:cacheprovider --benchmark-columns=median ;;
+    curve) part lora-curve "$curve_s" "${PYTHON:-python3}" "$root/bench/lora_curve.py" --out "$out" ;;
+    micro) part kernel-rates "$train_s" "${PYTHON:-python3}" -m pytest bench/kernels.py -p no:cacheprovider --benchmark-columns=median ;;
     *) echo "unknown part $name; known: kernels train ckpt full curve micro"; exit 2 ;;
   esac
 done

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from . import cli_rule, cli_target
+from . import cli_target
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
@@ -38,10 +38,10 @@ def explain(target: str, size: str, batch: int, seq: int | None, peft: str | Non
 
     TARGET is a directory with a config.json, or a model type of transformers such as llama or qwen3.
     """
-    from .report import explain as run
+    import slothc
 
     model, inputs = cli_target.build(target, size=size, batch=batch, seq=seq, peft=peft, dtype=dtype)
-    report = run(model, **inputs)
+    report = slothc.explain(model, **inputs)
     click.echo(str(report))
     if json_path:
         report.to_json(json_path)
@@ -54,14 +54,18 @@ def explain(target: str, size: str, batch: int, seq: int | None, peft: str | Non
 @click.option("--sample", help="Which of the rule's samples (default: the first).")
 def derive(rule: str, sample: str | None) -> None:
     """Print RULE's formula, the backward derived from it, what is saved between them, and the generated Triton."""
-    click.echo(cli_rule.derivation(rule, sample))
+    from .cli_derive import derivation
+
+    click.echo(derivation(rule, sample))
 
 
 @group.command()
 @click.argument("rule")
 def check(rule: str) -> None:
     """Hold RULE's derived gradients against both witnesses, for every sample. Exits with 1 if one disagrees."""
-    table, passed = cli_rule.witnesses(rule)
+    from .cli_check import witnesses
+
+    table, passed = witnesses(rule)
     click.echo(table)
     if not passed:
         raise SystemExit(1)

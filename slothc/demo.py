@@ -91,8 +91,9 @@ def _heading(model: torch.nn.Module, settings: Settings, device: torch.device, d
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     place = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    shape = f"{settings.steps} steps of {settings.batch} x {settings.seq} tokens"
     return (f"SmolLM2-135M on {place}, {str(dtype)[6:]}: LoRA r=16 on every linear layer, {trained / 1e6:.1f}M of "
-            f"{total / 1e6:.0f}M parameters trained, {settings.steps} steps of {settings.batch} x {settings.seq} tokens")
+            f"{total / 1e6:.0f}M parameters trained, {shape}")
 
 
 def _progress(console: Console) -> Progress:
