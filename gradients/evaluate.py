@@ -79,7 +79,10 @@ class Machine:
             over = self._span(operands, reduction, rows, lanes)
             reads = [(cells[o], kinds[o].rows, kinds[o].lanes) for o in operands]
             grid = [
-                [function(*[g[r if by_row else 0][i if by_lane else 0] for g, by_row, by_lane in reads]) for i in range(over[1])]
+                [
+                    mpmath.mpmathify(function(*[g[r if by_row else 0][i if by_lane else 0] for g, by_row, by_lane in reads]))
+                    for i in range(over[1])
+                ]
                 for r in range(over[0])
             ]
             if reduction:

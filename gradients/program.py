@@ -73,11 +73,15 @@ class Reduce:
 
 @dataclass(frozen=True)
 class Stage:
-    """One equation. ``dtype`` is a rounding point: the value is rounded to it before anyone reads it (None: stays fp32)."""
+    """One equation. ``dtype`` is a rounding point: the value is rounded to it before anyone reads it (None: stays fp32).
+
+    ``detached``: the results do not depend on this value, whatever it is (the shift in a softmax), so no derivative goes through it.
+    """
 
     name: str
     value: sp.Expr | Reduce
     dtype: str | None = None
+    detached: bool = False
 
     @property
     def expr(self) -> sp.Expr:
@@ -179,6 +183,6 @@ class Program:
             yield f"in {i.name}: {i.kind} {i.dtype} {i.role}{'' if i.differentiable else ' fixed'}"
         for s in self.stages:
             body = f"{s.value.op}[{sp.sstr(s.value.body, order='lex')}]" if isinstance(s.value, Reduce) else sp.sstr(s.value, order="lex")
-            yield f"{s.name} = {body}{' as ' + s.dtype if s.dtype else ''}"
+            yield f"{s.name} = {body}{' as ' + s.dtype if s.dtype else ''}{' detached' if s.detached else ''}"
         for o in self.outputs:
             yield f"out {o.name}: {o.value} {o.dtype}{' over rows' if o.over_rows else ''}{f' {o.kind}' if o.kind else ''}"

@@ -47,7 +47,7 @@ class _Reverse:
         """Every value that some input in ``wrt`` reaches."""
         active = set(self.wrt)
         for stage in self.program.stages:
-            if active & {s.name for s in stage.expr.free_symbols}:
+            if not stage.detached and active & {s.name for s in stage.expr.free_symbols}:
                 active.add(stage.name)
         return active
 
@@ -146,9 +146,9 @@ def inlined(program: Program) -> Program:
         else:
             value = value.xreplace(known)
             once = uses.get(stage.name, 0) == 1 and program.kinds[stage.name] == widths[reader[stage.name]]
-            if stage.dtype is None and (once or value.is_Symbol or value.is_number):
+            if stage.dtype is None and not stage.detached and (once or value.is_Symbol or value.is_number):
                 known[symbol(stage.name)] = value
                 if not any(o.value == stage.name for o in program.outputs):
                     continue
-        kept.append(Stage(stage.name, value, stage.dtype))
+        kept.append(Stage(stage.name, value, stage.dtype, stage.detached))
     return Program(program.inputs, tuple(kept), program.outputs).pruned()

@@ -11,7 +11,7 @@ The gradient by z comes from the reverse mode; nothing here knows that it is sof
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sympy as sp
 
@@ -110,7 +110,7 @@ def _number(c: float) -> sp.Expr:
 
 
 def _logit_stages(dtype: str, steps: Steps) -> tuple[tuple[Stage, ...], sp.Expr]:
-    """The processed logit: a stage for each rounding, and its final value. Rounding to fp32 is none: arithmetic is fp32."""
+    """The processed logit: a stage for each rounding, and its final value. Rounding to fp32 changes nothing."""
     stages: list[Stage] = []
     value: sp.Expr = symbol("z")
     at = dtype
@@ -142,8 +142,7 @@ def loss_program(
     smoothing: float = 0.0,
     gathered: bool = False,
 ) -> Program:
-    """The loss of one token. ``dtype``: how z is stored; ``steps``: pairs of an expression in z and the dtype that it is
-    rounded to.
+    """The loss of one token. ``dtype``: how z is stored; ``steps``: pairs of an expression in z and its rounding.
 
     ``vocab`` is the number of lanes (needed when ``smoothing`` is not 0); ``ignore_index`` None ignores no label.
     Inputs: z [t, v], label [t], v. Output: loss [t] in fp32.
@@ -178,7 +177,7 @@ def normaliser_program(dtype: str, steps: Steps = ()) -> Program:
 
 
 def gradient_program(program: Program, *, seeded: bool = False) -> Program:
-    """d output / d z by reverse mode, in z's dtype. ``seeded``: times the cotangent input g_<output>; otherwise that is 1."""
+    """d output / d z by reverse mode, in z's dtype. ``seeded``: times the cotangent input g_<output>, else 1."""
     back = derive(program, [name for name in ("z", "zy") if name in program.input])
     if seeded:
         return back
@@ -197,9 +196,10 @@ def with_gradient(program: Program) -> Program:
 
 
 def _substituted(stage: Stage, known: dict[sp.Symbol, sp.Expr]) -> Stage:
-    if isinstance(stage.value, Reduce):
-        return Stage(stage.name, Reduce(stage.value.op, stage.value.body.xreplace(known)), stage.dtype)
-    return Stage(stage.name, sp.sympify(stage.value).xreplace(known), stage.dtype)
+    value = stage.value
+    if isinstance(value, Reduce):
+        return replace(stage, value=Reduce(value.op, value.body.xreplace(known)))
+    return replace(stage, value=sp.sympify(value).xreplace(known))
 
 
 def _ordered(stages: list[Stage], known: set[str]) -> tuple[Stage, ...]:

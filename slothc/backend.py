@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
+from .errors import RegionDropped
 from .options import Options
 from .rewrite import rewrite
 
@@ -18,10 +20,31 @@ def sloth(module: fx.GraphModule, example_inputs: Sequence[Any], *, options: Map
     Raises ``slothc.errors.OptionError`` for unknown options or values; nothing else: what is not understood runs eagerly.
     """
     chosen = Options.of({**(options or {}), **more})
-    with torch._dynamo.utils.preserve_rng_state():
-        rewrite(module, chosen)
+    kept = _copy(module)
+    try:
+        with torch._dynamo.utils.preserve_rng_state():
+            rewrite(module, chosen)
+    except Exception as error:
+        warnings.warn(f"sloth leaves a whole graph to eager: {type(error).__name__}: {error}", RegionDropped, stacklevel=2)
+        module.graph = kept
+        module.recompile()
     if chosen.rest == "inductor":
         from torch._inductor.compile_fx import compile_fx
 
         return compile_fx(module, list(example_inputs))
     return module.forward
+
+
+def _copy(module: fx.GraphModule) -> fx.Graph:
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(module.graph, {}))
+    return graph
+
+
+def register() -> None:
+    """Make ``backend="sloth"`` known to torch, also where the package is imported from a checkout that is not installed."""
+    from torch._dynamo.backends import registry
+
+    if "sloth" not in registry._BACKENDS or registry._COMPILER_FNS.get("sloth") is not sloth:
+        registry._BACKENDS["sloth"] = None
+        registry._COMPILER_FNS["sloth"] = sloth

@@ -1,11 +1,11 @@
 """Logits that are made when somebody looks at them.
 
-A ``LazyLogits`` stands for chain(hidden W^T + b): it knows its shape, dtype and device, and makes itself, once, with the
-operations the graph had, when a value is used. Autograd passes through it, built or not.
+A ``LazyLogits`` stands for chain(hidden W^T + b): it knows its shape, dtype and device, and makes itself, once, with
+the operations the graph had, when a value is used. Autograd passes through it, built or not.
 
-- ``requires_grad``, ``grad_fn`` and ``is_leaf`` are those of a result of the graph; ``grad_fn`` is this class's own node.
-- Metadata never builds it, nor does ``repr`` of more than ``PRINTED`` elements. Casts, scales, tanh, detach, views and slices
-  give another ``LazyLogits``; losses, logsumexp, argmax and gathers are computed chunk by chunk (``lazy_functions``).
+- ``requires_grad``, ``grad_fn`` and ``is_leaf`` are those of a result of the graph; ``grad_fn`` is this class's own.
+- Metadata never builds it, nor does ``repr`` of more than ``PRINTED`` elements. Casts, scales, tanh, detach, views and
+  slices give another ``LazyLogits``; losses, logsumexp, argmax and gathers go chunk by chunk (``lazy_functions``).
   Anything else builds it.
 - A parameter that an optimizer changed in the meantime would give other logits than eager kept: then building raises
   ``StaleLogits``.
@@ -36,7 +36,7 @@ class StaleLogits(RuntimeError):
 
 @dataclass(frozen=True)
 class Recipe:
-    """hidden [..., D], weight [V, D], bias [V] or None; ``normalised``: log_softmax over V, in ``dtype``, after the chain."""
+    """hidden [..., D], weight [V, D], bias [V] or None; ``normalised``: the dtype of a log_softmax at the end."""
 
     hidden: Tensor
     weight: Tensor
@@ -70,7 +70,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class _Origin:
-    """The lazy tensor that another came from: ``step`` gives the one's value from the other's; ``view``: they share memory."""
+    """The lazy tensor that another came from: ``step`` does the same to real ones; ``view``: they share memory."""
 
     parent: LazyLogits
     step: Callable[[Tensor], Tensor]
@@ -96,7 +96,7 @@ class LazyLogits(Tensor):
 
     @staticmethod
     def of(recipe: Recipe, origin: _Origin | None = None) -> LazyLogits:
-        """The lazy tensor of ``recipe``. Outside grad mode it takes no part in autograd, as a result there would not."""
+        """The lazy tensor of ``recipe``. Outside grad mode it has no gradient, as any result there."""
         if not torch.is_grad_enabled() or not any(t.requires_grad for t in recipe.tensors):
             return LazyLogits._make(recipe.detached(), origin)
         return _Node.apply(recipe.hidden, recipe.weight, recipe.bias, recipe, origin)
@@ -126,7 +126,7 @@ class LazyLogits(Tensor):
                     return origin.step(origin.parent._real)
         if self._stale():
             raise StaleLogits(
-                "these logits were not used before the weight or hidden states that they are made of were changed in place "
+                "these logits were not used before the weight or hidden states they are made of were changed in place "
                 "(by an optimizer step?). Use them earlier, or keep outputs.logits.materialize()"
             )
         return self._recipe.build()
@@ -198,8 +198,8 @@ def _version(t: Tensor) -> int | None:
 def lazy_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, chain: str | None = None) -> Tensor:
     """chain(hidden W^T + b), [..., V], not built yet. hidden [..., D], weight [V, D], bias [V] or None.
 
-    ``chain``: the text of a ``gradients.vocabulary.Chain`` (default: nothing, in hidden's dtype). For tensors that are not
-    plain (fake ones, while another compiler traces) and on the meta device it is the ordinary result.
+    ``chain``: the text of a ``gradients.vocabulary.Chain`` (default: nothing, in hidden's dtype). For tensors that are
+    not plain (fake ones, while another compiler traces) and on the meta device it is the ordinary result.
     """
     from slothc.kernels.vocab import NAMES
 

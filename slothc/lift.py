@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from itertools import product
 from math import prod
 from typing import Any
@@ -206,11 +207,11 @@ class _Evaluation:
 
     # stages
 
-    def _stage(self, expr: sp.Expr | Reduce, dtype: str | None, force: bool = False) -> sp.Symbol:
+    def _stage(self, expr: sp.Expr | Reduce, dtype: str | None, force: bool = False, detached: bool = False) -> sp.Symbol:
         if isinstance(expr, sp.Expr) and expr.is_Symbol and dtype is None and not (force and expr.name in {i.name for i in self.inputs}):
             return expr
         name = f"v{len(self.stages)}"
-        self.stages.append(Stage(name, expr, dtype))
+        self.stages.append(Stage(name, expr, dtype, detached))
         return symbol(name)
 
     def _round(self, expr: sp.Expr, node: fx.Node) -> sp.Expr:
@@ -431,9 +432,12 @@ class _Evaluation:
         if op.params["dim"] != len(index) - 1:
             raise CannotLift(node, f"a softmax over dimension {op.params['dim']}, not the last")
         values = self._over_lanes(source, index[:-1], node)
-        lse = self._reduced("logsumexp", values)
-        x = self.load(source, index)
-        return self._round(x - lse if op.params["fn"] == "log_softmax" else sp.exp(x - lse), node)
+        tops = [self._stage(Reduce("max", v), None, detached=True) for v in values]
+        top = tops[0] if len(tops) == 1 else self._stage(reduce(SCALAR["maximum"], tops), None, detached=True)
+        total = self._reduced("sum", [sp.exp(v - top) for v in values])
+        shifted = self.load(source, index) - top                              # softmax(x) = softmax(x - c) for every c
+        value = shifted - sp.log(total) if op.params["fn"] == "log_softmax" else sp.exp(shifted) / total
+        return self._round(value, node)
 
     def _norm(self, node: fx.Node, op: Any, index: tuple[Form, ...]) -> sp.Expr:
         source, weight, bias = op.args

@@ -28,6 +28,11 @@ from .view import GraphView
 def plan(view: GraphView, lifted: Lifted) -> Plan:
     """The plan of a lifted region. Raises ``CannotLift`` where a gradient or a size has no formula."""
     forward = _Abstract(view, lifted).run()
+    hidden = _hidden_sizes(forward)
+    if hidden:                                                             # no operand's shape tells these sizes: they stay numbers
+        forward = _Abstract(view, lifted, hidden).run()
+        if _hidden_sizes(forward):
+            raise CannotLift(lifted.results[0], "a size that no operand's shape gives")
     wrt = _wrt(lifted, forward)
     if not wrt:
         return Plan(forward, None, len(lifted.results), (), ())
@@ -48,10 +53,26 @@ def _derive(lifted: Lifted, forward: Pass, wrt: tuple[int, ...]) -> Plan:
     return _joined(forward, backward, wrt)
 
 
+def _hidden_sizes(p: Pass) -> frozenset[str]:
+    """Size symbols that cannot be found from the shapes of what the pass reads: products of known sizes and one unknown give it."""
+    known: set[str] = set()
+    progress = True
+    while progress:
+        progress = False
+        for dim in (sp.sympify(d) for t in p.reads for d in t.shape):
+            symbols = [s for s in sp.Mul.make_args(dim) if not s.is_number]
+            fresh = [s for s in symbols if str(s) not in known]
+            if len(fresh) == 1 and fresh[0].is_Symbol and all(s.is_Symbol for s in symbols):
+                known.add(str(fresh[0]))
+                progress = True
+    sizes = [a.size for a in (*p.axes, p.lane)] + [d for t in p.writes for d in t.shape]
+    return frozenset(str(s) for e in sizes for s in sp.sympify(e).free_symbols) - known
+
+
 class _Abstract:
     """Replaces the sizes of one graph by symbols."""
 
-    def __init__(self, view: GraphView, lifted: Lifted) -> None:
+    def __init__(self, view: GraphView, lifted: Lifted, literal: frozenset[str] = frozenset()) -> None:
         self.view, self.lifted = view, lifted
         self.actual: dict[str, Size] = {a.name: a.size for a in (*lifted.axes, lifted.lane)}
         self.names = {a.name: f"a{k}" for k, a in enumerate(lifted.axes)} | {lifted.lane.name: "i"}
@@ -62,6 +83,11 @@ class _Abstract:
             self.symbols[lifted.lane.name] = lifted.lane.size
         else:
             raise CannotLift(lifted.results[0], "the row is cut at a place known only at run time")
+        for axis, s in self.symbols.items():
+            if str(s) in literal:
+                if not isinstance(self.actual[axis], int):
+                    raise CannotLift(lifted.results[0], "a size that no operand's shape gives")
+                self.symbols[axis] = self.actual[axis]
         self.extra = 0
 
     def _lane_is_free(self) -> bool:

@@ -28,7 +28,7 @@ def head_loss(
     reduction: str,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The loss of a head: hidden [..., D] sliced by ``index``, the first ``vocab`` rows of weight and bias; labels as many as tokens.
+    """The loss of a head: hidden [..., D] sliced by ``index``, the first ``vocab`` rows of weight and bias.
 
     Returns a scalar, or a tensor like labels for reduction "none".
     """

@@ -1,0 +1,65 @@
+"""How much of a graph's memory traffic the rewrite accounts for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from . import bind
+from .found import Found, Region
+from .regions import VIEWS
+from .view import GraphView
+
+MATRIX = {"linear", "matmul", "baddbmm", "sdpa"}
+
+
+def traffic(view: GraphView, node: fx.Node) -> int:
+    """Bytes that the node reads and writes when it runs by itself; views and matrix products count nothing.
+
+    Dynamic sizes count with the value they had at capture.
+    """
+    if node.op not in ("call_function", "call_method") or view.op(node).kind in VIEWS | MATRIX | {"detach"}:
+        return 0
+    if any(word in str(getattr(node.target, "__name__", node.target)) for word in ("mm", "conv", "einsum", "attention")):
+        return 0
+    written = _bytes(view.example(node))
+    return written + sum(_bytes(view.example(n)) for n in node.all_input_nodes) if written else 0
+
+
+def _bytes(value: Any) -> int:
+    if isinstance(value, tuple | list):
+        return sum(map(_bytes, value))
+    if not isinstance(value, torch.Tensor):
+        return 0
+    count = 1
+    for size, stride in zip(value.shape, value.stride()):
+        count *= 1 if _number(stride) == 0 else _number(size)
+    return count * value.element_size()
+
+
+def _number(size: int | torch.SymInt) -> int:
+    return size if isinstance(size, int) else int(size.node.hint or 1)
+
+
+def coverage(found: Found, used: list[Any]) -> tuple[int, int]:
+    """(bytes of nodes that the rewrite replaces or makes unnecessary, bytes of all) in one graph."""
+    view = found.view
+    operands: dict[fx.Node, tuple[fx.Node, ...]] = {}
+    inside: set[fx.Node] = set()
+    for item in used:
+        if isinstance(item, Region):
+            operands |= {r: item.operands for r in item.cone.results}
+            inside |= item.cone.nodes
+        else:
+            inside |= set(item.nodes)
+            for r in bind.calls(item):
+                operands[r.node] = tuple(a for a in (*r.args, *r.kwargs.values()) if isinstance(a, fx.Node))
+    needed = {n for n in view.nodes if view.has_effect(n)}
+    for node in reversed(view.nodes):
+        if node in needed:
+            needed.update(operands.get(node, node.all_input_nodes))
+    total = {n: traffic(view, n) for n in view.nodes if view.alive(n)}
+    covered = sum(b for n, b in total.items() if n in inside or n not in needed or n in operands)
+    return covered, sum(total.values())
