@@ -199,7 +199,10 @@ def _match(view: View, node: fx.Node) -> Match | None:
         if not isinstance(top, fx.Node) or view.value(top).dtype is out:
             return None
         inside.append(top)
-    base, branch = _sides(view, top)
+    try:
+        base, branch = _sides(view, top)
+    except _Unlike as found:
+        raise found if top is node else _Unlike() from None  # the sum itself has already been reported
     base_dtype = view.value(base.linear).dtype
     if top is node and out is not base_dtype and _ends_later(view, node, base_dtype):
         return None
