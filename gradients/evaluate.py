@@ -15,15 +15,15 @@ from sympy.printing.pycode import MpmathPrinter
 from .functions import VOCABULARY
 from .program import Input, Kind, Output, Program, Reduce
 
-Grid = list[list[Any]]                                   # [rows or 1][lanes or 1] of mpf
-Point = Mapping[str, Any]                                # input name -> number, list or list of lists, by kind
+Grid = list[list[Any]]  # [rows or 1][lanes or 1] of mpf
+Point = Mapping[str, Any]  # input name -> number, list or list of lists, by kind
 
 FORMATS = {"fp64": (53, -1074, 1023), "fp32": (24, -149, 127), "fp16": (11, -24, 15), "bf16": (8, -133, 127)}
-GUARD = 20                                               # digits carried beyond those asked for
+GUARD = 20  # digits carried beyond those asked for
 
 
 def rounded(x: Any, dtype: str | None) -> Any:
-    """x rounded to the nearest ``dtype`` value, ties to even, with subnormals and overflow; unchanged for other dtypes."""
+    """x rounded to the nearest ``dtype`` value, ties to even, with subnormals and overflow; other dtypes keep it."""
     if dtype not in FORMATS or x == 0 or not mpmath.isfinite(x):
         return x
     bits, least, most = FORMATS[dtype]
@@ -36,10 +36,13 @@ class _Printer(MpmathPrinter):
     """Python source over mpmath; symbols take the names in ``names``."""
 
     def __init__(self, names: Mapping[str, str]) -> None:
-        super().__init__({
-            "fully_qualified_modules": False, "allow_unknown_functions": True,
-            "user_functions": {f.__name__: f"rule_{f.__name__}" for f in VOCABULARY},
-        })
+        super().__init__(
+            {
+                "fully_qualified_modules": False,
+                "allow_unknown_functions": True,
+                "user_functions": {f.__name__: f"rule_{f.__name__}" for f in VOCABULARY},
+            }
+        )
         self.names = names
 
     def _print_Symbol(self, expr: sp.Symbol) -> str:
@@ -73,14 +76,18 @@ class Machine:
     steps: tuple[tuple[str, tuple[str, ...], Callable[..., Any], str | None, str | None], ...]
 
     def run(self, cells: Mapping[str, Grid], rows: int, lanes: int, round: bool = False) -> dict[str, Grid]:
-        """The grid of every input and stage, from the grids of the inputs."""
+        """The grid of every input and stage, from the grids of the inputs and of the stages that are to be held fixed."""
         cells, kinds = dict(cells), self.program.kinds
         for name, operands, function, reduction, dtype in self.steps:
+            if name in cells:
+                continue
             over = self._span(operands, reduction, rows, lanes)
             reads = [(cells[o], kinds[o].rows, kinds[o].lanes) for o in operands]
             grid = [
                 [
-                    mpmath.mpmathify(function(*[g[r if by_row else 0][i if by_lane else 0] for g, by_row, by_lane in reads]))
+                    mpmath.mpmathify(
+                        function(*[g[r if by_row else 0][i if by_lane else 0] for g, by_row, by_lane in reads])
+                    )
                     for i in range(over[1])
                 ]
                 for r in range(over[0])
@@ -115,16 +122,31 @@ def machine(program: Program) -> Machine:
     steps = []
     for s in program.stages:
         operands = tuple(sorted(x.name for x in s.expr.free_symbols))
-        steps.append((s.name, operands, compile_scalar(s.expr, operands), s.value.op if isinstance(s.value, Reduce) else None, s.dtype))
+        steps.append(
+            (
+                s.name,
+                operands,
+                compile_scalar(s.expr, operands),
+                s.value.op if isinstance(s.value, Reduce) else None,
+                s.dtype,
+            )
+        )
     return Machine(program, tuple(steps))
 
 
-def evaluate(program: Program, inputs: Point, *, rows: int | None = None, lanes: int | None = None,
-             round: bool = False, digits: int = 50) -> dict[str, Any]:
+def evaluate(
+    program: Program,
+    inputs: Point,
+    *,
+    rows: int | None = None,
+    lanes: int | None = None,
+    round: bool = False,
+    digits: int = 50,
+) -> dict[str, Any]:
     """The outputs of ``program`` at ``inputs``, in exact reals of ``digits`` digits.
 
-    Inputs are nested lists by kind: row [rows][lanes], column [lanes], scalar [rows], const a number; "index" inputs may be
-    left out, and so may "size" inputs (the number of lanes). ``round`` applies the rounding points and storage dtypes.
+    Inputs are nested lists by kind: row [rows][lanes], column [lanes], scalar [rows], const a number; "index" inputs may
+    be left out, and so may "size" inputs (the number of lanes). ``round`` applies the rounding points and storage dtypes.
     Raises ValueError where an input is missing or has another shape than its kind asks for.
     """
     with mpmath.workdps(digits + GUARD):
@@ -166,7 +188,13 @@ def cells_of(i: Input, inputs: Point, rows: int, lanes: int) -> Grid:
         value = lanes
     else:
         raise ValueError(f"input {i.name!r} has no value")
-    grid = value if i.kind.rows and i.kind.lanes else [[v] for v in value] if i.kind.rows else [value if i.kind.lanes else [value]]
+    grid = (
+        value
+        if i.kind.rows and i.kind.lanes
+        else [[v] for v in value]
+        if i.kind.rows
+        else [value if i.kind.lanes else [value]]
+    )
     shape = (rows if i.kind.rows else 1, lanes if i.kind.lanes else 1)
     if len(grid) != shape[0] or any(len(row) != shape[1] for row in grid):
         raise ValueError(f"input {i.name!r} is a {i.kind}: its value needs {shape[0]} rows and {shape[1]} lanes")
@@ -184,7 +212,9 @@ def spread(grid: Grid, shape: tuple[int, int], name: str) -> Grid:
     if (len(grid), len(grid[0]) if grid else shape[1]) == shape:
         return grid
     if len(grid) not in (1, shape[0]) or len(grid[0]) not in (1, shape[1]):
-        raise ValueError(f"{name} has {len(grid)} rows and {len(grid[0])} lanes, which does not spread over {shape[0]} and {shape[1]}")
+        raise ValueError(
+            f"{name} has {len(grid)} rows and {len(grid[0])} lanes, which does not spread over {shape[0]} and {shape[1]}"
+        )
     return [[grid[r % len(grid)][i % len(grid[0])] for i in range(shape[1])] for r in range(shape[0])]
 
 
@@ -192,7 +222,7 @@ def spread(grid: Grid, shape: tuple[int, int], name: str) -> Grid:
 
 
 def draw(i: Input, dice: random.Random, rows: int, lanes: int, low: float = -2.0, high: float = 2.0) -> Any:
-    """A random value of input ``i``, nested by kind: reals in (low, high), bools, integers below ``lanes``, lane numbers, sizes."""
+    """A random value of input ``i``, nested by kind: reals in (low, high), bools, integers below ``lanes``."""
     if i.role != "data":
         return lanes if i.role == "size" else _nested(cells_of(i, {}, rows, lanes), i.kind)
 
@@ -203,14 +233,16 @@ def draw(i: Input, dice: random.Random, rows: int, lanes: int, low: float = -2.0
             return mpmath.mpf(dice.randrange(max(lanes, 1)))
         return mpmath.mpf(low) + (mpmath.mpf(high) - low) * dice.getrandbits(160) / mpmath.mpf(2) ** 160
 
-    return _nested([[one() for _ in range(lanes if i.kind.lanes else 1)] for _ in range(rows if i.kind.rows else 1)], i.kind)
+    return _nested(
+        [[one() for _ in range(lanes if i.kind.lanes else 1)] for _ in range(rows if i.kind.rows else 1)], i.kind
+    )
 
 
 def draw_point(program: Program, dice: random.Random, rows: int, lanes: int) -> dict[str, Any]:
-    """A point where every stage is a finite real: constants are positive, tensors of either sign unless the domain forbids it."""
+    """A point where every stage is a finite real: constants are positive, tensors of either sign if the domain allows."""
     m = machine(program)
     for attempt in range(24):
-        low = -2.0 if attempt < 12 else 0.25                       # log, sqrt and 1/x ask for positive arguments
+        low = -2.0 if attempt < 12 else 0.25  # log, sqrt and 1/x ask for positive arguments
         point = {i.name: draw(i, dice, rows, lanes, 0.25 if str(i.kind) == "const" else low) for i in program.inputs}
         try:
             cells = m.run({i.name: cells_of(i, point, rows, lanes) for i in program.inputs}, rows, lanes)

@@ -1,14 +1,14 @@
 """The named identities that tidy derived formulas, each with its side condition.
 
-``before`` and ``after`` are expressions over the placeholders u, v, a, b. A sum or product ``before`` also matches inside a longer
-sum or product. sympy itself cancels x / x at construction, so a quotient never reaches these rules; what sympy cannot know
-(the vocabulary functions are opaque to it) is here. sigmoid(x) (1 - sigmoid(x)) is left as it is: it is the cheapest form.
+``before`` and ``after`` are expressions over the placeholders u, v, a, b. A sum or product ``before`` also matches inside
+a longer one. sympy itself cancels x / x at construction, so a quotient never reaches these rules; what sympy cannot know
+(the vocabulary functions are opaque to it) is here. sigmoid(x) (1 - sigmoid(x)) stays: it is the cheapest form.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sympy as sp
 
@@ -83,7 +83,9 @@ def _in_order(patterns: tuple[sp.Expr, ...], nodes: tuple[sp.Expr, ...], env: En
         yield from _in_order(patterns[1:], nodes[1:], found)
 
 
-def _subset(patterns: tuple[sp.Expr, ...], nodes: tuple[sp.Expr, ...], env: Env) -> Iterator[tuple[Env, tuple[sp.Expr, ...]]]:
+def _subset(
+    patterns: tuple[sp.Expr, ...], nodes: tuple[sp.Expr, ...], env: Env
+) -> Iterator[tuple[Env, tuple[sp.Expr, ...]]]:
     """Every way to match all ``patterns`` with different ``nodes``, with the nodes that are left over."""
     if not patterns:
         yield env, nodes
@@ -114,7 +116,7 @@ IDENTITIES: tuple[Identity, ...] = (
 
 
 def factored(expr: sp.Add) -> sp.Expr:
-    """``a c + b c = c (a + b)`` for factors c (with their powers) that every term has: never more operations, always true."""
+    """``a c + b c = c (a + b)`` for factors c (with their powers) that every term has: always true."""
     terms = [sp.Mul.make_args(t) for t in expr.args]
     common = [f for f in terms[0] if not f.is_Number and all(f in t for t in terms[1:])]
     if not common:
@@ -139,21 +141,24 @@ def tidy(expr: sp.Expr) -> sp.Expr:
 def tidied(program: Program) -> Program:
     """``program`` with every equation tidied and written with the values already known by name.
 
-    A stage r = u^(-1/2) turns a later u^(-3/2) into r^3, a stage e = exp(x - m) a later exp(x - m) into e. A rounded stage is not
-    the value that its equation has, so it stands for nothing but itself.
+    A stage r = u^(-1/2) turns a later u^(-3/2) into r^3, a stage e = exp(x - m) a later exp(x - m) into e.
+    A rounded stage is not
+    the value that its equation has, and a detached one not its derivative: they stand for nothing but themselves.
     """
     known: dict[sp.Expr, sp.Symbol] = {}
     stages: list[Stage] = []
     for s in program.stages:
         body = _reused(tidy(s.expr), known)
-        stages.append(Stage(s.name, Reduce(s.value.op, body) if isinstance(s.value, Reduce) else body, s.dtype))
-        if s.dtype is None and not isinstance(s.value, Reduce) and sp.count_ops(body) > 0:
+        stages.append(replace(s, value=Reduce(s.value.op, body) if isinstance(s.value, Reduce) else body))
+        if s.dtype is None and not s.detached and not isinstance(s.value, Reduce) and sp.count_ops(body) > 0:
             known.setdefault(body, symbol(s.name))
     return Program(program.inputs, tuple(stages), program.outputs)
 
 
 def _reused(expr: sp.Expr, known: Mapping[sp.Expr, sp.Symbol]) -> sp.Expr:
-    roots = {e.base: (e.exp, r) for e, r in known.items() if e.is_Pow and e.exp in (sp.Rational(1, 2), -sp.Rational(1, 2))}
+    roots = {
+        e.base: (e.exp, r) for e, r in known.items() if e.is_Pow and e.exp in (sp.Rational(1, 2), -sp.Rational(1, 2))
+    }
 
     def of_root(e: sp.Expr) -> sp.Expr:
         power, r = roots[e.base]

@@ -1,7 +1,7 @@
 """Programs, passes and plans as a reader would write them: plain text and LaTeX.
 
-Equations that are read once and not rounded are written where they are read, so that a norm is one line:
-``y = w * x * rsqrt(mean(x^2) + eps)``. A rounding point is ``bf16(...)``; a sum divided by the number of lanes is ``mean(...)``.
+Equations that are read once are written where they are read, so that a norm is one line:
+``y = w * x * rsqrt(mean(x^2) + eps)``. A rounding point is ``bf16(...)``, a sum over the number of lanes ``mean(...)``.
 """
 
 from __future__ import annotations
@@ -98,6 +98,7 @@ def _means(expr: sp.Expr, sizes: Iterable[sp.Expr]) -> sp.Expr:
     """Every sum(...)/N in ``expr`` as mean(...)."""
     total = sp.Symbol("sum")
     for n in sizes:
+
         def is_mean(e: sp.Expr, n: sp.Expr = n) -> bool:
             return e.is_Mul and _divides(e, n) and any(isinstance(a, _Over) and a.args[0] == total for a in e.args)
 
@@ -111,7 +112,13 @@ def _means(expr: sp.Expr, sizes: Iterable[sp.Expr]) -> sp.Expr:
 
 def _decimal(n: sp.Rational) -> bool:
     """Is n best read as a decimal: 0.044715, not 8943/200000?"""
-    return n.q >= 20 and abs(n.p) != 1 and set(sp.factorint(n.q)) <= {2, 5} and float(f"{float(n):.12g}") == float(n) and len(f"{float(n):.12g}") < 10
+    return (
+        n.q >= 20
+        and abs(n.p) != 1
+        and set(sp.factorint(n.q)) <= {2, 5}
+        and float(f"{float(n):.12g}") == float(n)
+        and len(f"{float(n):.12g}") < 10
+    )
 
 
 class _Text(StrPrinter):
@@ -165,7 +172,7 @@ class _Text(StrPrinter):
             power = "" if e == sp.Rational(-1, 2) else f"^{-e.p}"
             return f"rsqrt({self._print(base)}){power}"
         if e.is_Integer and e < 0:
-            return f"1 / {self._factor(base ** -e)}"
+            return f"1 / {self._factor(base**-e)}"
         return f"{self.parenthesize(base, PRECEDENCE['Pow'] + 1)}^{self.parenthesize(e, PRECEDENCE['Pow'])}"
 
     def _print_Rational(self, expr: sp.Rational) -> str:
@@ -203,7 +210,7 @@ class _Latex(LatexPrinter):
         kind = self.kinds.get(expr.name, Kind(False, False))
         index = ("t" if kind.rows else "") + ("ijkl"[min(self.lane, 3)] if kind.lanes else "")
         letter = {"eps": r"\varepsilon"}.get(expr.name)
-        stem = letter or (expr.name if len(expr.name) == 1 else r"\mathrm{%s}" % expr.name.replace("_", r"\_"))
+        stem = letter or (expr.name if len(expr.name) == 1 else "\\mathrm{" + expr.name.replace("_", "\\_") + "}")
         return f"{stem}_{{{index}}}" if index else stem
 
     def _print__Over(self, expr: _Over, exp: str | None = None) -> str:
@@ -211,10 +218,20 @@ class _Latex(LatexPrinter):
         letter, body = "ijkl"[min(self.lane, 3)], expr.args[1]
         text = self.parenthesize(body, PRECEDENCE["Mul"])
         self.lane -= 1
-        head = {"sum": rf"\sum_{letter}", "mean": rf"\frac{{1}}{{N}}\sum_{letter}", "max": rf"\max_{letter}",
-                "logsumexp": rf"\log\sum_{letter}\exp"}[expr.args[0].name]
+        head = {
+            "sum": rf"\sum_{letter}",
+            "mean": rf"\frac{{1}}{{N}}\sum_{letter}",
+            "max": rf"\max_{letter}",
+            "logsumexp": rf"\log\sum_{letter}\exp",
+        }[expr.args[0].name]
         whole = rf"{head} {text}" if expr.args[0].name != "logsumexp" else rf"{head}\left({self._inner(body)}\right)"
-        return rf"\left({whole}\right)^{{{exp}}}" if exp else rf"\left({whole}\right)" if expr.args[0].name != "max" else whole
+        return (
+            rf"\left({whole}\right)^{{{exp}}}"
+            if exp
+            else rf"\left({whole}\right)"
+            if expr.args[0].name != "max"
+            else whole
+        )
 
     def _inner(self, body: sp.Expr) -> str:
         self.lane += 1
@@ -249,7 +266,11 @@ def _wrapped(line: str, width: int = WIDTH) -> list[str]:
         best, depth, level = 0, 0, 99
         for k, ch in enumerate(line[:width]):
             depth += (ch in "([") - (ch in ")]")
-            if k > len(indent) and line[k : k + 3] in (" + ", " - ", " * ", " / ") and (depth < level or (depth == level and k > best)):
+            if (
+                k > len(indent)
+                and line[k : k + 3] in (" + ", " - ", " * ", " / ")
+                and (depth < level or (depth == level and k > best))
+            ):
                 best, level = k, depth
         if not best:
             break
@@ -279,7 +300,7 @@ def latex(program: Program | Pass, *, name_scalars: bool = False) -> str:
         right = printer.doprint(e.value)
         left_kind = Kind(False, kinds[e.name].lanes) if e.name in summed else kinds[e.name]
         left = _Latex({e.name: left_kind}).doprint(symbol(e.name))
-        lines.append(f"{left} &= {SUMMED if e.name in summed else str()}{right}")
+        lines.append(f"{left} &= {SUMMED if e.name in summed else ''}{right}")
     return "\\begin{aligned}\n" + " \\\\\n".join(lines) + "\n\\end{aligned}"
 
 

@@ -1,15 +1,15 @@
-"""Two checks that need no torch: is this backward the derivative of that forward, and are these two programs one formula?
+"""Without torch: is this backward the derivative of that forward, and are these two programs one formula?
 
-``witness`` compares a derived backward with differences of the forward: a central difference with step h errs by h^2 f'''/6,
-and at 70 digits h = 1e-25 leaves about 1e-45. Where the program is analytic a second, cancellation-free one is the complex
-step, f'(x) = Im f(x + ih) / h (Squire and Trapp 1998). ``equivalent`` decides what a lifted program is called.
+``witness`` compares a derived backward with differences of the forward: a central difference with step h errs by
+h^2 f'''/6, and at 70 digits h = 1e-25 leaves about 1e-45. Where the program is analytic a second one, without
+cancellation, is the complex step, f'(x) = Im f(x + ih) / h (Squire and Trapp 1998). ``equivalent`` decides what a lifted program is called.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice, permutations, product
 from typing import Any
 
@@ -31,11 +31,12 @@ from .evaluate import (
     stored_kind,
 )
 from .functions import sigmoid, softplus
-from .program import Input, Kind, Program, Reduce, Stage, symbol
+from .program import Input, Kind, Program, Reduce, symbol
 
 __all__ = ["Binding", "WitnessReport", "analytic", "equivalent", "evaluate", "rounded", "witness"]
 
 SMOOTH = (sp.exp, sp.log, sp.sin, sp.cos, sp.tan, sp.tanh, sp.sinh, sp.cosh, sp.erf, sp.atan, sigmoid, softplus)
+
 
 @dataclass(frozen=True)
 class WitnessReport:
@@ -61,12 +62,20 @@ def analytic(program: Program) -> bool:
     return smooth and not any(isinstance(s.value, Reduce) and s.value.op == "max" for s in program.stages)
 
 
-def witness(program: Program, backward: Program | None = None, *, seed: int = 0, rows: int = 2, lanes: int = 3,
-            digits: int = 50, points: Point | None = None) -> WitnessReport:
-    """Check a derived backward against differences of sum(cotangent * output), for every element of every ``d_<input>`` output.
+def witness(
+    program: Program,
+    backward: Program | None = None,
+    *,
+    seed: int = 0,
+    rows: int = 2,
+    lanes: int = 3,
+    digits: int = 50,
+    points: Point | None = None,
+) -> WitnessReport:
+    """Check a derived backward against differences of sum(cotangent * output), element by element of each ``d_<input>``.
 
-    ``backward`` defaults to ``derive(program)``. ``points`` fixes some inputs or cotangents (``g_<output>``), for tests near
-    kinks; on a kink itself a central difference is the mean of both sides, which need not be torch's choice.
+    ``backward`` defaults to ``derive(program)``. Detached stages are held at their values. ``points`` fixes some inputs
+    or cotangents (``g_<output>``), for tests near kinks; on a kink itself a central difference is the mean of both sides, which need not be torch's choice.
     """
     if backward is None:
         from .reverse import derive
@@ -75,6 +84,8 @@ def witness(program: Program, backward: Program | None = None, *, seed: int = 0,
     with mpmath.workdps(digits + GUARD):
         point = {**draw_point(program, random.Random(seed), rows, lanes), **(points or {})}
         cells = {i.name: cells_of(i, point, rows, lanes) for i in program.inputs}
+        fixed = machine(program).run(cells, rows, lanes)
+        cells |= {s.name: fixed[s.name] for s in program.stages if s.detached}
         objective = _Objective(program, rows, lanes, random.Random(seed + 1), points or {})
         derived = _derived(backward, cells, objective, rows, lanes)
         step = mpmath.mpf(10) ** (-digits // 2)
@@ -101,7 +112,9 @@ class _Objective:
     def __call__(self, cells: Mapping[str, Grid]) -> Any:
         out = self.machine.results(self.machine.run(cells, self.rows, self.lanes), self.rows, self.lanes)
         return mpmath.fsum(
-            g * y for name, grid in out.items() for gs, ys in zip(self.cotangents[f"g_{name}"], grid, strict=True)
+            g * y
+            for name, grid in out.items()
+            for gs, ys in zip(self.cotangents[f"g_{name}"], grid, strict=True)
             for g, y in zip(gs, ys, strict=True)
         )
 
@@ -125,7 +138,9 @@ class _Objective:
         ]
 
 
-def _derived(backward: Program, cells: Mapping[str, Grid], objective: _Objective, rows: int, lanes: int) -> dict[str, Grid]:
+def _derived(
+    backward: Program, cells: Mapping[str, Grid], objective: _Objective, rows: int, lanes: int
+) -> dict[str, Grid]:
     known = {**cells, **objective.cotangents}
     missing = [i.name for i in backward.inputs if i.name not in known]
     if missing:
@@ -156,13 +171,22 @@ class Binding:
     outputs: dict[str, str]
 
 
-def equivalent(p: Program, q: Program, *, roles: Mapping[str, str] | None = None, size: int | None = None, seed: int = 0,
-               points: int = 12, limit: int = 400, digits: int = 30) -> Binding | None:
-    """Are ``p`` and ``q`` one formula? Rounding points aside, up to names, the order of inputs of one kind and of outputs.
+def equivalent(
+    p: Program,
+    q: Program,
+    *,
+    roles: Mapping[str, str] | None = None,
+    size: int | None = None,
+    seed: int = 0,
+    points: int = 12,
+    limit: int = 400,
+    digits: int = 30,
+) -> Binding | None:
+    """Are ``p`` and ``q`` one formula? Up to rounding points, names, and the order of inputs and outputs.
 
-    Evaluates both at ``points`` random points with three lanes and two rows. ``roles`` fixes q inputs to p inputs. ``size`` is p's lane count
-    where p holds it as a literal (a mean as 1/64). A constant of q may stand for a number written in p (an eps). At most ``limit`` bindings
-    are tried. Returns the first that holds, else None.
+    Evaluates both at ``points`` random points with three lanes and two rows. ``roles`` fixes q inputs to p inputs.
+    ``size`` is p's lane count where p holds it as a literal (a mean as 1/64). A constant of q may stand for a number
+    written in p (an eps). At most ``limit`` bindings are tried. Returns the first that holds, else None.
     """
     p = _without_size(p, size) if size else p
     if len(p.outputs) != len(q.outputs):
@@ -174,7 +198,7 @@ def equivalent(p: Program, q: Program, *, roles: Mapping[str, str] | None = None
                 outputs = samples.agree(inputs, points, mpmath.mpf(10) ** -digits)
                 if outputs is not None:
                     return Binding(inputs, outputs)
-        except ValueError:                                      # p is real nowhere that was tried
+        except ValueError:  # p is real nowhere that was tried
             return None
     return None
 
@@ -204,8 +228,12 @@ class _Samples:
         for k in range(points):
             cells, want = self.at(k)
             try:
-                got = self._run(machine(self.q), {n: numbers[n] if n in numbers else cells[str(v)] for n, v in inputs.items()})
-                possible = {b: [a for a in names if _close(got[b], want[a], tolerance)] for b, names in possible.items()}
+                got = self._run(
+                    machine(self.q), {n: numbers[n] if n in numbers else cells[str(v)] for n, v in inputs.items()}
+                )
+                possible = {
+                    b: [a for a in names if _close(got[b], want[a], tolerance)] for b, names in possible.items()
+                }
             except (ZeroDivisionError, ValueError, TypeError, OverflowError):
                 return None
             if not all(possible.values()):
@@ -218,7 +246,9 @@ def _close(a: Grid, b: Grid, tolerance: Any) -> bool:
     if len(a) != len(b) or any(len(x) != len(y) for x, y in zip(a, b, strict=True)):
         return False
     top = max((abs(y) for row in b for y in row), default=0)
-    return all(abs(x - y) <= tolerance * (1 + top) for r, s in zip(a, b, strict=True) for x, y in zip(r, s, strict=True))
+    return all(
+        abs(x - y) <= tolerance * (1 + top) for r, s in zip(a, b, strict=True) for x, y in zip(r, s, strict=True)
+    )
 
 
 def _bindings(p: Program, q: Program, roles: Mapping[str, str]) -> Iterator[dict[str, str | sp.Number]]:
@@ -232,7 +262,7 @@ def _bindings(p: Program, q: Program, roles: Mapping[str, str]) -> Iterator[dict
         if key == (Kind(False, False), "data"):
             offered += _numbers(p)
         if needed > len(wanted):
-            return                                              # p reads something that q does not know
+            return  # p reads something that q does not know
         ways = [c for c in islice(permutations(offered, len(wanted)), 4000) if set(offered[:needed]) <= set(c)]
         groups.append([tuple(zip(wanted, c, strict=True)) for c in ways])
     if {_key(i) for i in p.inputs if i.role == "data"} - {_key(i) for i in q.inputs}:
@@ -259,11 +289,15 @@ def _without_size(p: Program, size: int) -> Program:
     def freed(expr: sp.Expr) -> sp.Expr:
         return expr.replace(
             lambda e: e.is_Mul and e.args[0].is_Number and sp.nsimplify(e.args[0], rational=True).q % size == 0,
-            lambda e: e / small / lanes if e.args[0].is_Rational else sp.nsimplify(e.args[0], rational=True) * size * sp.Mul(*e.args[1:]) / lanes,
+            lambda e: (
+                e / small / lanes
+                if e.args[0].is_Rational
+                else sp.nsimplify(e.args[0], rational=True) * size * sp.Mul(*e.args[1:]) / lanes
+            ),
         )
 
     stages = tuple(
-        Stage(s.name, Reduce(s.value.op, freed(s.value.body)) if isinstance(s.value, Reduce) else freed(s.value), s.dtype)
+        replace(s, value=Reduce(s.value.op, freed(s.value.body)) if isinstance(s.value, Reduce) else freed(s.value))
         for s in p.stages
     )
     if all(a.value == b.value for a, b in zip(stages, p.stages, strict=True)):

@@ -55,7 +55,8 @@ def test_import_arrows(folder: str) -> None:
     forbidden = re.compile(FORBIDDEN[folder])
     wrong = [
         f"{path.relative_to(ROOT)}:{line} imports {name}"
-        for path in files(folder) for line, name in imports(path)
+        for path in files(folder)
+        for line, name in imports(path)
         if name != "slothc" and forbidden.match(name)
     ]
     assert not wrong, "\n".join(wrong)
@@ -65,16 +66,30 @@ def test_no_bare_names() -> None:
     """A bare ``kernels`` is Hugging Face's package, which transformers imports."""
     wrong = [
         f"{path.relative_to(ROOT)}:{line} imports {name}"
-        for folder in (*FOLDERS, "tests", "bench") for path in files(folder) for line, name in imports(path) if BARE.match(name)
+        for folder in (*FOLDERS, "tests", "bench")
+        for path in files(folder)
+        for line, name in imports(path)
+        if BARE.match(name)
     ]
     assert not wrong, "\n".join(wrong)
 
 
 def test_the_arrows_catch_offenders() -> None:
-    for folder, name in [("gradients", "torch.fx"), ("gradients", "slothc.kernels.x"), ("patterns", "slothc.kernels"),
-                         ("patterns", "slothc.lift"), ("kernels", "slothc.patterns.rule"), ("kernels", "slothc.backend")]:
+    for folder, name in [
+        ("gradients", "torch.fx"),
+        ("gradients", "slothc.kernels.x"),
+        ("patterns", "slothc.kernels"),
+        ("patterns", "slothc.lift"),
+        ("kernels", "slothc.patterns.rule"),
+        ("kernels", "slothc.backend"),
+    ]:
         assert re.match(FORBIDDEN[folder], name), (folder, name)
-    for folder, name in [("gradients", "sympy"), ("patterns", "slothc.gradients"), ("kernels", "slothc.gradients.plan"), ("kernels", "triton")]:
+    for folder, name in [
+        ("gradients", "sympy"),
+        ("patterns", "slothc.gradients"),
+        ("kernels", "slothc.gradients.plan"),
+        ("kernels", "triton"),
+    ]:
         assert not re.match(FORBIDDEN[folder], name), (folder, name)
     assert BARE.match("kernels") and not BARE.match("slothc.kernels")
 
@@ -92,7 +107,9 @@ def _tracked() -> list[Path]:
 
 def test_tracked_files_name_no_machine_and_no_registry() -> None:
     home = re.compile(r"(?<![\w.$}])/(work|root|home|Users|mnt|srv)/\w")
-    registry = re.compile(r"(?i)(index-url|extra-index|https?://[^\s)>\"']*(pypi|artifactory|nexus|simple/|files\.pythonhosted))")
+    registry = re.compile(
+        r"(?i)(index-url|extra-index|https?://[^\s)>\"']*(pypi|artifactory|nexus|simple/|files\.pythonhosted))"
+    )
     wrong = []
     for path in _tracked():
         if path.suffix in (".png", ".ico", ".safetensors", ".lock") or path == Path(__file__).resolve():
@@ -108,7 +125,9 @@ def test_a_checkout_imports_every_folder_under_slothc() -> None:
         module = importlib.import_module(name)
         assert Path(module.__file__ or "").resolve().is_relative_to(ROOT)
     code = "import slothc, importlib.util as u; print(u.find_spec('slothc.kernels').submodule_search_locations[0])"
-    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    shown = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.strip()
     assert Path(shown).resolve() == ROOT / "kernels"
 
 
@@ -123,7 +142,19 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
             shutil.copy(ROOT / name, source / name)
         else:
             (source / name).write_text("")
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-q", "-w", str(out), str(source)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "-q",
+        "-w",
+        str(out),
+        str(source),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode and "No module named pip" in done.stderr:
         pytest.skip("pip is absent")
@@ -135,13 +166,20 @@ def test_the_wheel_holds_every_module_and_no_bare_name(wheel: zipfile.ZipFile) -
     names = set(wheel.namelist())
     assert {n.split("/")[0] for n in names if ".dist-info/" not in n} == {"slothc"}
     assert "slothc/kernels/__init__.py" not in names
-    expected = {str(p.relative_to(ROOT)) if f == "slothc" else f"slothc/{p.relative_to(ROOT)}" for f in FOLDERS for p in files(f)}
+    expected = {
+        str(p.relative_to(ROOT)) if f == "slothc" else f"slothc/{p.relative_to(ROOT)}"
+        for f in FOLDERS
+        for p in files(f)
+    }
     assert not expected - names, f"not packaged: {sorted(expected - names)}"
 
 
 def test_the_entry_point_resolves(wheel: zipfile.ZipFile) -> None:
     text = wheel.read(next(n for n in wheel.namelist() if n.endswith("entry_points.txt"))).decode()
-    for group, line in (("torch_dynamo_backends", "sloth = slothc.backend:sloth"), ("console_scripts", "slothc = slothc.cli:main")):
+    for group, line in (
+        ("torch_dynamo_backends", "sloth = slothc.backend:sloth"),
+        ("console_scripts", "slothc = slothc.cli:main"),
+    ):
         assert f"[{group}]" in text and line in text
         module, name = line.split(" = ")[1].split(":")
         assert callable(getattr(importlib.import_module(module), name))
@@ -150,6 +188,8 @@ def test_the_entry_point_resolves(wheel: zipfile.ZipFile) -> None:
 def test_the_wheel_works_away_from_the_checkout(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
     wheel.extractall(tmp_path)
     code = "import slothc.gradients.reverse as r; import importlib.util as u; print(r.__file__); print(u.find_spec('slothc.kernels').origin)"
-    shown = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env={"PYTHONPATH": str(tmp_path)})
+    shown = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env={"PYTHONPATH": str(tmp_path)}
+    )
     assert shown.returncode == 0, shown.stderr
     assert str(tmp_path) in shown.stdout.splitlines()[0]

@@ -8,7 +8,6 @@ from pathlib import Path
 import mpmath
 import pytest
 import sympy as sp
-
 from slothc.gradients.functions import sigmoid
 from slothc.gradients.program import COLUMN, CONST, ROW, Input, Output, Program, Stage, symbol
 from slothc.gradients.reverse import derive
@@ -44,7 +43,9 @@ def test_the_witness_sees_a_wrong_backward(name: str) -> None:
     good = derive(p)
     for out in good.outputs:
         last = good.stage[out.value]
-        wrong = tuple(Stage(s.name, s.value * sp.Rational(1000001, 1000000), s.dtype) if s is last else s for s in good.stages)
+        wrong = tuple(
+            Stage(s.name, s.value * sp.Rational(1000001, 1000000), s.dtype) if s is last else s for s in good.stages
+        )
         report = witness(p, Program(good.inputs, wrong, good.outputs))
         assert report.errors[out.name[2:]] > 1e-8
 
@@ -70,8 +71,10 @@ def test_rounding_is_torchs(dtype: str) -> None:
 
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
     torch.manual_seed(0)
-    values = torch.cat([torch.randn(200) * 10.0**k for k in (-42, -39, -8, -5, 0, 4, 5, 38)] + [
-        torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, 65519.0, 65520.0, 3.39e38, 0.0])]).double() * (1 + 2**-30)
+    values = torch.cat(
+        [torch.randn(200) * 10.0**k for k in (-42, -39, -8, -5, 0, 4, 5, 38)]
+        + [torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, 65519.0, 65520.0, 3.39e38, 0.0])]
+    ).double() * (1 + 2**-30)
     # float64 -> bf16 goes by way of float32 in torch: compare where that double rounding cannot matter
     values = values.float().double() if dtype == "bf16" else values
     for v, want in zip(values.tolist(), values.to(kind).double().tolist()):
@@ -89,7 +92,8 @@ def test_equivalent_sees_through_spelling_names_and_order() -> None:
     a, g, e, n = symbol("a"), symbol("gain"), symbol("e0"), symbol("n0")
     other = Program(
         (Input("gain", COLUMN), Input("n0", CONST, "i64", False, "size"), Input("e0", CONST), Input("a", ROW)),
-        (Stage("q", programs.Reduce("sum", a * a)), Stage("o", a / sp.sqrt(symbol("q") / n + e) * g)), (Output("o", "o"),),
+        (Stage("q", programs.Reduce("sum", a * a)), Stage("o", a / sp.sqrt(symbol("q") / n + e) * g)),
+        (Output("o", "o"),),
     )
     found = equivalent(other, programs.rms_norm())
     assert found and found.inputs == {"x": "a", "w": "gain", "eps": "e0", "N": "n0"} and found.outputs == {"y": "o"}
@@ -98,7 +102,10 @@ def test_equivalent_sees_through_spelling_names_and_order() -> None:
 def test_equivalent_binds_numbers_and_literal_sizes() -> None:
     literal = Program(
         (Input("a", ROW), Input("gain", COLUMN)),
-        (Stage("q", programs.Reduce("sum", a_ := symbol("a") ** 2 / 64)), Stage("o", symbol("a") / sp.sqrt(symbol("q") + sp.Float("1e-5")) * symbol("gain"))),
+        (
+            Stage("q", programs.Reduce("sum", a_ := symbol("a") ** 2 / 64)),
+            Stage("o", symbol("a") / sp.sqrt(symbol("q") + sp.Float("1e-5")) * symbol("gain")),
+        ),
         (Output("o", "o"),),
     )
     assert a_.has(sp.Rational(1, 64))
@@ -112,8 +119,11 @@ def test_equivalent_permutes_outputs_and_inputs_of_one_kind() -> None:
     q = Program(p.inputs[::-1], p.stages, p.outputs[::-1])
     assert equivalent(p, q) and equivalent(q, p)
     other_way = programs.program(
-        list(p.inputs), ("y1", symbol("x1") * symbol("cos") + symbol("x2") * symbol("sin")),
-        ("y2", symbol("x2") * symbol("cos") + symbol("x1") * symbol("sin")), outs=("y1", "y2"))
+        list(p.inputs),
+        ("y1", symbol("x1") * symbol("cos") + symbol("x2") * symbol("sin")),
+        ("y2", symbol("x2") * symbol("cos") + symbol("x1") * symbol("sin")),
+        outs=("y1", "y2"),
+    )
     assert equivalent(p, other_way) is None
 
 
