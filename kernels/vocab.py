@@ -1,10 +1,10 @@
-"""The ``vocab`` family: a linear over the vocabulary and the cross-entropy of its result, without ever holding the logits.
+"""The ``vocab`` family: a linear over the vocabulary and the cross-entropy of its result, without holding the logits.
 
-    loss_t = cross_entropy(chain(H_t W^T + b), y_t),      reduced by mean over the tokens that count, sum, or not at all.
+    loss_t = cross_entropy(chain(H_t W^T + b), y_t),    reduced by mean over the tokens that count, sum, or not at all.
 
-The forward computes the gradients too, while a chunk's logits are at hand (the idea of Liger's and Unsloth's fused losses); the
-backward only scales them. ``reduction="none"`` with a trained weight is the exception: what each token's gradient is multiplied by is
-known in the backward only, so the logits are made once more there.
+The forward computes the gradients too, while a chunk's logits are at hand (the idea of Liger's fused loss); the
+backward only scales them. ``reduction="none"`` with a trained weight is the exception: what each token's gradient is
+multiplied by is known in the backward only, so the logits are made once more there.
 """
 
 from __future__ import annotations
@@ -27,15 +27,24 @@ NAMES = {dtype: name for name, dtype in DTYPE.items()}
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *, chain: str | None = None, ignore_index: int = -100,
-    label_smoothing: float = 0.0, reduction: str = "mean", dtype: torch.dtype | None = None,
-) -> Tensor:  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    *,
+    chain: str | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     """``F.cross_entropy(chain(F.linear(hidden, weight, bias)), labels, ...)`` in bounded memory.
 
-    hidden [..., D], weight [V, D], bias [V] or None, labels [...] int64. ``chain`` is the text of a ``gradients.vocabulary.Chain`` (default:
-    nothing, in hidden's dtype); its first word is the dtype in which the linear computes. ``dtype``: of the result (default: of the
-    processed logits). Returns a scalar, or with reduction "none" a tensor shaped like labels.
-    Raises ValueError for arguments that do not fit and IndexError (CPU; on other devices the result is nan) for labels out of range.
+    hidden [..., D], weight [V, D], bias [V] or None, labels [...] int64. ``chain`` is the text of a
+    ``gradients.vocabulary.Chain`` (default: nothing, in hidden's dtype); it starts with the dtype in which the linear
+    computes. ``dtype``: of the result (default: of the processed logits). Returns a scalar, or with reduction "none" a
+    tensor shaped like labels. Raises ValueError for arguments that do not fit, and IndexError for labels out of range
+    (CPU; on other devices the result is nan).
     """
     text = chain if chain is not None else NAMES[hidden.dtype]
     spec = Loss(text, int(ignore_index), float(label_smoothing), reduction, dtype or DTYPE[Chain.parse(text).result])
@@ -46,7 +55,9 @@ def linear_cross_entropy(
     return loss.reshape(labels.shape) if reduction == "none" else loss
 
 
-def linear_logsumexp(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, chain: str | None = None, dtype: torch.dtype | None = None) -> Tensor:
+def linear_logsumexp(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, *, chain: str | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
     """``torch.logsumexp(chain(F.linear(hidden, weight, bias)), -1)`` in bounded memory: [...] for hidden [..., D]."""
     text = chain if chain is not None else NAMES[hidden.dtype]
     spec = Loss(text, -100, -1.0, "none", dtype or DTYPE[Chain.parse(text).result])
@@ -68,11 +79,14 @@ def _validate(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tenso
     if loss.reduction not in REDUCTIONS:
         raise ValueError(f"reduction {loss.reduction!r} is not one of {', '.join(REDUCTIONS)}")
     if weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
-        raise ValueError(f"hidden {tuple(hidden.shape)} does not fit weight {tuple(weight.shape)}: expected [..., D] and [V, D]")
+        shapes = f"hidden {tuple(hidden.shape)} does not fit weight {tuple(weight.shape)}"
+        raise ValueError(f"{shapes}: expected [..., D] and [V, D]")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias {tuple(bias.shape)} does not fit weight {tuple(weight.shape)}: expected [V]")
     if labels is not None and labels.shape != hidden.shape[:-1]:
-        raise ValueError(f"labels {tuple(labels.shape)} do not fit hidden {tuple(hidden.shape)}: expected {tuple(hidden.shape[:-1])}")
+        raise ValueError(
+            f"labels are {tuple(labels.shape)}; hidden {tuple(hidden.shape)} needs {tuple(hidden.shape[:-1])}"
+        )
     if labels is not None and labels.dtype != torch.int64:
         raise ValueError(f"labels must be int64, got {labels.dtype}")
     if loss.compute not in (torch.float32, torch.bfloat16, torch.float16):
@@ -97,8 +111,10 @@ def _arguments(loss: Loss) -> tuple[str, int, float, str, torch.dtype]:
     return loss.chain, loss.ignore_index, loss.smoothing, loss.reduction, loss.dtype
 
 
-def _forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor | None, loss: Loss, wants: Wants) -> tuple[Tensor, Tensor, Gradients]:
-    """The reduced loss, what the gradients must be multiplied by besides the upstream gradient ([] or [n], fp32), and the gradients."""
+def _forward(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor | None, loss: Loss, wants: Wants
+) -> tuple[Tensor, Tensor, Gradients]:
+    """The reduced loss, what multiplies the gradients besides the upstream one ([] or [n], fp32), and the gradients."""
     bad = _labels_out_of_range(labels, weight.shape[0], loss.ignore_index)
     now = wants if _in_forward(loss, wants) else (False, False, False)
     losses, grads = losses_and_gradients(Operands.of(hidden, weight, bias, labels, loss.compute), loss, now)
@@ -107,7 +123,7 @@ def _forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor
 
 
 def _in_forward(loss: Loss, wants: Wants) -> bool:
-    """Whether the gradients are computed in the forward: not if each token's weight in them is still unknown and is summed away."""
+    """Whether the forward computes the gradients: not if they sum over tokens with factors still unknown."""
     return any(wants) and (loss.reduction != "none" or not (wants[1] or wants[2]))
 
 
@@ -138,7 +154,9 @@ def _reduced(losses: Tensor, labels: Tensor | None, bad: Tensor | None, loss: Lo
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor | None, loss: Loss) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor | None, loss: Loss
+    ) -> Tensor:
         ctx.loss, ctx.wants = loss, tuple(ctx.needs_input_grad[:3])
         value, factor, grads = _forward(hidden, weight, bias, labels, loss, ctx.wants)
         ctx.dtypes = tuple(None if t is None else t.dtype for t in (hidden, weight, bias))
@@ -156,18 +174,31 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grads = _scaled(saved, factor * upstream.float(), ctx.dtypes)
         else:
             found = _remade(upstream, factor, *saved, ctx.loss, ctx.wants)
-            grads = tuple(None if g is None else g.to(d) for g, d in zip((found.hidden, found.weight, found.bias), ctx.dtypes))
+            grads = tuple(
+                None if g is None else g.to(d) for g, d in zip((found.hidden, found.weight, found.bias), ctx.dtypes)
+            )
         return (*grads, None, None)
 
 
-def _scaled(saved: Sequence[Tensor | None], by: Tensor, dtypes: Sequence[torch.dtype | None]) -> tuple[Tensor | None, ...]:
+def _scaled(
+    saved: Sequence[Tensor | None], by: Tensor, dtypes: Sequence[torch.dtype | None]
+) -> tuple[Tensor | None, ...]:
     """Each gradient times ``by`` ([] or one number for each row), rounded once to its operand's dtype."""
     by = by.unsqueeze(-1) if by.dim() else by
-    return tuple(None if g is None else torch.mul(g, by, out=torch.empty_like(g, dtype=d)) for g, d in zip(saved, dtypes))
+    return tuple(
+        None if g is None else torch.mul(g, by, out=torch.empty_like(g, dtype=d)) for g, d in zip(saved, dtypes)
+    )
 
 
 def _remade(
-    upstream: Tensor, factor: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor | None, loss: Loss, wants: Wants
+    upstream: Tensor,
+    factor: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor | None,
+    loss: Loss,
+    wants: Wants,
 ) -> Gradients:
     ops = Operands.of(hidden, weight, bias, labels, loss.compute)
     return gradients(ops, loss, (upstream.float() * factor).contiguous(), wants)
@@ -179,9 +210,17 @@ def _empty(t: Tensor | None, like: Tensor) -> Tensor:
 
 @torch.library.custom_op("sloth::linear_cross_entropy", mutates_args=())
 def _op(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor | None, chain: str, ignore_index: int, smoothing: float,
-    reduction: str, dtype: torch.dtype, wants: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor | None,
+    chain: str,
+    ignore_index: int,
+    smoothing: float,
+    reduction: str,
+    dtype: torch.dtype,
+    wants: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, factor, dH, dW, db); a gradient that is not asked for is empty."""
     loss = Loss(chain, ignore_index, smoothing, reduction, dtype)
     value, factor, grads = _forward(hidden, weight, bias, labels, loss, tuple(wants))
@@ -190,9 +229,17 @@ def _op(
 
 @_op.register_fake
 def _op_fake(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor | None, chain: str, ignore_index: int, smoothing: float,
-    reduction: str, dtype: torch.dtype, wants: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor | None,
+    chain: str,
+    ignore_index: int,
+    smoothing: float,
+    reduction: str,
+    dtype: torch.dtype,
+    wants: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     loss = Loss(chain, ignore_index, smoothing, reduction, dtype)
     shape = hidden.shape[:1] if reduction == "none" else ()
     now = wants if _in_forward(loss, tuple(wants)) else (False, False, False)
@@ -203,9 +250,17 @@ def _op_fake(
 
 @torch.library.custom_op("sloth::linear_cross_entropy_gradients", mutates_args=())
 def _gradients_op(
-    upstream: Tensor, factor: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor | None, chain: str,
-    ignore_index: int, smoothing: float, wants: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    upstream: Tensor,
+    factor: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor | None,
+    chain: str,
+    ignore_index: int,
+    smoothing: float,
+    wants: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
     """(dH, dW, db) in fp32 for reduction "none", logits made anew; a gradient that is not asked for is empty."""
     loss = Loss(chain, ignore_index, smoothing, "none", torch.float32)
     grads = _remade(upstream, factor, hidden, weight, bias, labels, loss, tuple(wants))
@@ -214,9 +269,17 @@ def _gradients_op(
 
 @_gradients_op.register_fake
 def _gradients_fake(
-    upstream: Tensor, factor: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor | None, chain: str,
-    ignore_index: int, smoothing: float, wants: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    upstream: Tensor,
+    factor: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor | None,
+    chain: str,
+    ignore_index: int,
+    smoothing: float,
+    wants: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
     shapes = (hidden.shape, weight.shape, weight.shape[:1])
     return tuple(hidden.new_empty(s if w else (0,), dtype=torch.float32) for s, w in zip(shapes, wants))
 
@@ -225,7 +288,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     hidden, weight, bias, labels, *rest, wants = inputs
     ctx.loss, ctx.wants = Loss(*rest), tuple(wants)
     ctx.dtypes = tuple(None if t is None else t.dtype for t in (hidden, weight, bias))
-    ctx.save_for_backward(*output[1:], *((hidden, weight, bias, labels) if not _in_forward(ctx.loss, ctx.wants) else ()))
+    ctx.save_for_backward(
+        *output[1:], *((hidden, weight, bias, labels) if not _in_forward(ctx.loss, ctx.wants) else ())
+    )
     ctx.mark_non_differentiable(*output[1:])
 
 

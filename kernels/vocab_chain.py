@@ -1,4 +1,4 @@
-"""Logits and their chain as plain PyTorch operations, one for each step: what the graph did, for when logits are asked for after all."""
+"""Logits and their chain as plain PyTorch operations: what the graph did, for logits that are asked for after all."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ STEPS: dict[str, Callable[..., Any]] = {
     "clamp": torch.clamp,
 }
 if STEPS.keys() != FUNCTIONS.keys():
-    raise ImportError(f"steps without a PyTorch operation or without a formula: {sorted(STEPS.keys() ^ FUNCTIONS.keys())}")
+    raise ImportError(
+        f"steps without a PyTorch operation or without a formula: {sorted(STEPS.keys() ^ FUNCTIONS.keys())}"
+    )
 
 
 def processed(z: Tensor, chain: Chain) -> Tensor:
@@ -49,7 +51,7 @@ def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, chain: Chain) ->
 
 
 def picked(hidden: Tensor, weight: Tensor, bias: Tensor | None, chain: Chain, index: Tensor) -> Tensor:
-    """chain(hidden W^T + b) at ``index`` [..., k] of the vocabulary, by k dot products a token in fp32. Differentiable."""
+    """chain(hidden W^T + b) at ``index`` [..., k] of the vocabulary, by k dot products in fp32. Differentiable."""
     dtype = DTYPE[chain.dtype]
     with torch.autocast(hidden.device.type, enabled=False):
         rows = weight.to(dtype)[index].float()

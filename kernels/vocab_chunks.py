@@ -1,10 +1,12 @@
-"""The chunk loops of the vocabulary family: one chunk of tokens meets the whole vocabulary, and its logits are gone before the next.
+"""The chunk loops of the vocabulary family: a chunk of tokens meets the whole vocabulary, then its logits are gone.
 
-For a chunk with hidden states H [m, D], weight W [V, D], Z = H W^T + b and dZ = d loss / d Z (from the derived row program, written over Z):
+For a chunk with hidden states H [m, D], weight W [V, D], Z = H W^T + b and dZ = d loss / d Z (from the derived row
+program, written over Z):
 
     dH = dZ W,    dW = sum over chunks of dZ^T H,    db = sum of dZ over tokens,
 
-all three in fp32. dZ carries neither 1/n nor the upstream gradient, so that fp16 does not underflow: both multiply dH, dW and db afterwards.
+all three in fp32. dZ carries neither 1/n nor the upstream gradient, so that fp16 does not underflow: both multiply dH,
+dW and db afterwards.
 """
 
 from __future__ import annotations
@@ -78,7 +80,7 @@ def _chunks(ops: Operands) -> Iterator[tuple[int, int, Tensor, Tensor]]:
 
 
 def losses_and_gradients(ops: Operands, loss: Loss, wants: Wants) -> tuple[Tensor, Gradients]:
-    """The loss of every token [n] in fp32, and the gradients of their sum that ``wants`` (hidden, weight, bias) asks for."""
+    """The loss of every token [n] in fp32, and those gradients of their sum (hidden, weight, bias) that are wanted."""
     whole, keep, ops = ops, *_counting(ops, loss)
     losses = ops.hidden.new_empty(ops.hidden.shape[0], dtype=torch.float32)
     grads = _empty_gradients(ops, wants)
@@ -110,7 +112,7 @@ def gradients(ops: Operands, loss: Loss, upstream: Tensor, wants: Wants) -> Grad
 def _counting(ops: Operands, loss: Loss) -> tuple[Tensor | None, Operands]:
     """The numbers of the tokens that count and the operands for those alone; (None, ops) where that saves nothing.
 
-    An ignored token costs no matrix product on a CPU. Elsewhere, learning how many there are would mean waiting for the device.
+    An ignored token costs no matrix product on a CPU. Elsewhere, their number is known to the device only.
     """
     if ops.labels is None or ops.labels.device.type != "cpu":
         return None, ops

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 TILE = 4096
-"""Rows or columns that are widened at once where the device has no product of low-precision operands with an fp32 result."""
+"""Rows or columns widened at once where the device has no product of low-precision operands with an fp32 result."""
 
 
 @lru_cache(maxsize=64)

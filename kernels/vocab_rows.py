@@ -10,7 +10,14 @@ from torch import Tensor
 
 from slothc.gradients.plan import Pass
 from slothc.gradients.program import Program
-from slothc.gradients.vocabulary import Chain, gradient_program, loss_program, normaliser_program, row_pass, with_gradient
+from slothc.gradients.vocabulary import (
+    Chain,
+    gradient_program,
+    loss_program,
+    normaliser_program,
+    row_pass,
+    with_gradient,
+)
 
 from .binding import DTYPE
 from .rowwise import Launcher, launcher
@@ -21,7 +28,7 @@ MODES = ("value", "gradient", "both")
 
 @dataclass(frozen=True)
 class Loss:
-    """What is computed from a row of logits. ``smoothing`` -1: their logsumexp instead of a loss. ``dtype``: of the reduced result."""
+    """What is computed from a row of logits. ``smoothing`` -1: their logsumexp. ``dtype``: of the reduced result."""
 
     chain: str
     ignore_index: int
@@ -35,8 +42,10 @@ class Loss:
         return DTYPE[Chain.parse(self.chain).dtype]
 
     def gathers(self, device: torch.device) -> bool:
-        """Whether the label's logit is fetched by itself: where PyTorch runs the rows (a mask over the vocabulary costs three passes),
-        ignored labels are left out beforehand (a CPU) and the gradient is stored unrounded (adding to it at the label loses nothing)."""
+        """Whether the label's logit is fetched by itself: where PyTorch runs the rows (a mask over the vocabulary costs
+        three passes), ignored labels are left out beforehand (a CPU) and the gradient is stored unrounded (adding
+        at the label loses nothing).
+        """
         return self.smoothing >= 0 and device.type == "cpu" and self.compute == torch.float32 and not available(device)
 
 
@@ -49,7 +58,8 @@ def row_program(loss: Loss, vocab: int, mode: str, gathered: bool) -> Program:
         program = normaliser_program(c.dtype, c.exprs)
     else:
         ignore = None if gathered else loss.ignore_index
-        program = loss_program(c.dtype, c.exprs, vocab=vocab, ignore_index=ignore, smoothing=loss.smoothing, gathered=gathered)
+        options = {"vocab": vocab, "ignore_index": ignore, "smoothing": loss.smoothing, "gathered": gathered}
+        program = loss_program(c.dtype, c.exprs, **options)
     if mode == "value":
         return program
     return gradient_program(program, seeded=True) if mode == "gradient" else with_gradient(program)
@@ -66,7 +76,14 @@ def _launcher(loss: Loss, vocab: int, mode: str, gathered: bool) -> Launcher:
     return launcher(row_plan(loss, vocab, mode, gathered))
 
 
-def run_rows(loss: Loss, mode: str, z: Tensor, labels: Tensor | None, losses: Tensor | None = None, upstream: Tensor | None = None) -> None:
+def run_rows(
+    loss: Loss,
+    mode: str,
+    z: Tensor,
+    labels: Tensor | None,
+    losses: Tensor | None = None,
+    upstream: Tensor | None = None,
+) -> None:
     """One chunk: fills ``losses`` [m] ("value", "both") and writes the gradient over ``z`` [m, V] ("gradient", "both").
 
     labels [m] int64 (None for the logsumexp), upstream [m] fp32 for mode "gradient".
@@ -75,7 +92,8 @@ def run_rows(loss: Loss, mode: str, z: Tensor, labels: Tensor | None, losses: Te
     run = _launcher(loss, z.shape[1], mode, gathered)
     at = labels.unsqueeze(1) if labels is not None else None
     own = z.gather(1, at).squeeze(1) if gathered else None
-    tensors = {"z": z, "zy": own, "label": labels, "g_loss": upstream, "g_lse": upstream, "loss": losses, "lse": losses, "d_z": z, "d_zy": own}
+    tensors = {"z": z, "zy": own, "label": labels, "g_loss": upstream, "g_lse": upstream}
+    tensors |= {"loss": losses, "lse": losses, "d_z": z, "d_zy": own}
     program = run.p.program
     reads = [tensors[i.name] for i in program.inputs if i.role == "data"]
     run(reads, [tensors[o.name] for o in program.outputs])

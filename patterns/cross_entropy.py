@@ -2,9 +2,9 @@
 
     Z = H W^T + b,   c = chain(Z),   loss_t = logsumexp_v(c_tv) - c_(t, y_t)
 
-The logits between the two are what costs: tokens x vocabulary numbers that nobody keeps. ``chain`` is whatever the model
-does to one logit: casts, a scale, a soft-cap a tanh(z / a). Views are seen through; a slice of the token dimension becomes
-one of H, a slice of the vocabulary from 0 one of W. Logits that the graph returns beside the loss are made on demand.
+The logits between the two are what costs: tokens x vocabulary numbers that nobody keeps. ``chain`` is whatever the
+model does to one logit: casts, a scale, a soft-cap a tanh(z / a). Views are seen through; a slice of the tokens becomes
+one of H, a slice of the vocabulary from 0 one of W. Logits that the graph also returns are made on demand.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def recognise(view: View, node: fx.Node) -> Match | Miss | None:
 
     ``inputs``: hidden, weight, bias (or None), labels. ``attrs``: chain (text of a ``Chain``), ignore_index,
     label_smoothing, reduction, dtype (of the loss), index (items for hidden's dimensions, or None), vocab (rows of the
-    weight that count, or None), lazy (for each node in ``extra``: the text of the chain up to it). ``extra``: nodes whose
-    values are read elsewhere and can be made on demand.
+    weight that count, or None), lazy (for each node in ``extra``: the text of the chain up to it). ``extra``: nodes
+    whose values are read elsewhere and can be made on demand.
     """
     op = view.op(node)
     if op.kind != "cross_entropy":
@@ -138,7 +138,7 @@ def _classes_last(view: View, head: _Head, node: fx.Node) -> fx.Node:
 
 
 def _before(view: View, head: _Head, node: fx.Node, op: Op) -> fx.Node:
-    """The operand whose logits ``node`` changes one by one, or shows in another shape; what it does is noted in ``head``."""
+    """The operand whose logits ``node`` changes one by one or shows in another shape; ``head`` notes how."""
     if op.kind == "identity":
         return op.args[0]
     if op.kind == "cast":
