@@ -45,6 +45,11 @@ class Pass:
         if len(self.loads) != len(self.program.inputs) or len(self.stores) != len(self.program.outputs):
             raise ValueError("one access is needed for each program input and output")
 
+    def folded(self, number: int) -> bool:
+        """Whether output ``number`` is summed over some of the row axes and kept over others: its access names only those."""
+        mine = self.stores[number].axes & {a.name for a in self.axes}
+        return self.program.outputs[number].over_rows and bool(mine)
+
     @cached_property
     def text(self) -> str:
         """Canonical text: equal text, equal kernel."""

@@ -90,7 +90,8 @@ class Stage:
 
 @dataclass(frozen=True)
 class Output:
-    """A result: the value of stage or input ``value``, stored as ``dtype``; ``over_rows`` sums it over all rows in fp32.
+    """A result: the value of stage or input ``value``, stored as ``dtype``; ``over_rows`` sums it in fp32 over the rows that
+    its tensor does not vary with (all of them for a column vector).
 
     ``kind`` is what the stored tensor varies with, where that is more than its value does (a scalar broadcast over the lanes).
     """

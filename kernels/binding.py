@@ -96,7 +96,7 @@ class Binder:
         loads = [self._place(a, reads, values) if a else None for a in self.p.loads]
         stores = [self._place(a, writes, values) for a in self.p.stores]
         groups = _merge(shape, [x for x in (*loads, *stores) if x])
-        wide = any(_extent(t) >= 2**31 for t in (*reads, *writes))
+        wide = any(_extent(t) >= 2**31 for t in (*reads, *writes)) or prod(shape) * lanes >= 2**31
         return Bound(
             tuple(prod(shape[i] for i in g) for g in groups), lanes, groups,
             tuple(_regroup(x, groups) if x else None for x in loads), tuple(_regroup(x, groups) for x in stores),
@@ -112,6 +112,18 @@ class Binder:
             for k in range(width):
                 total[k] += int(numbers[d * width + k]) * stride
         return Placement(access.tensor, total[-1], tuple(total[:-2]), total[-2])
+
+
+def fold_rows(part: Tensor, place: Placement) -> Tensor:
+    """The sum of [merged row axes..., lanes] over the axes that the placement does not vary with."""
+    over = [g for g, stride in enumerate(place.rows) if stride == 0]
+    return part.sum(over) if over else part
+
+
+def put(target: Tensor, place: Placement, total: Tensor) -> None:
+    """Write a sum over rows, [kept row axes..., lanes], to its places in ``target``."""
+    strides = [s for s in place.rows if s != 0] if total.dim() > 1 else []
+    target.as_strided(total.shape, (*strides, place.lane), target.storage_offset() + place.offset).copy_(total)
 
 
 def _flat_coefficients(access: Access, p: Pass) -> list[Size]:
@@ -158,9 +170,10 @@ def _product(expr: Size) -> tuple[int, list[str]]:
 
 def _empty(shape: tuple[int, ...], operand: Operand, device: torch.device) -> Tensor:
     order = operand.order
-    if order is None or order == tuple(range(len(shape))):
-        return torch.empty(shape, dtype=DTYPE[operand.dtype], device=device)
-    outer = torch.empty([shape[d] for d in order], dtype=DTYPE[operand.dtype], device=device)
+    make = torch.zeros if operand.zero else torch.empty
+    if order is None:
+        return make(shape, dtype=DTYPE[operand.dtype], device=device)
+    outer = make([shape[d] for d in order], dtype=DTYPE[operand.dtype], device=device)
     return outer.permute([order.index(d) for d in range(len(shape))])
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from slothc.gradients.plan import Pass
 from slothc.gradients.program import Input, Program, Reduce, Stage
 
-from .binding import DTYPE, Binder, Bound, Placement
+from .binding import DTYPE, Binder, Bound, Placement, fold_rows, put
 from .cache import load
 from .expression import TORCH, render
 
@@ -80,30 +80,36 @@ class TorchLauncher:
             return lambda reads, writes: [w.zero_() for w in writes] and None
         axis = max(range(len(bound.shape)), key=lambda a: bound.shape[a])
         step = max(1, bound.shape[axis] * SLICE // (bound.rows * bound.lanes))
-        sums = [k for k, o in enumerate(program.outputs) if o.over_rows]
         index = torch.arange(bound.lanes, dtype=torch.float32, device=reads[0].device).view(*(1 for _ in bound.shape), -1)
 
         def launch(reads: Sequence[Tensor], writes: Sequence[Tensor]) -> None:
             inputs = [_input(i, place, reads, bound, index) for i, place in zip(program.inputs, bound.loads)]
-            outputs = [None if k in sums else _view(writes[place.tensor], place, bound, program.out_kind(o))
-                       for k, (o, place) in enumerate(zip(program.outputs, bound.stores))]  # fmt: skip
+            outputs = [self._target(k, writes, bound) for k in range(len(program.outputs))]
             totals: dict[int, Tensor] = {}
             for start in range(0, bound.shape[axis], step):
                 length = min(step, bound.shape[axis] - start)
                 values = self.run(*(_slice(x, axis, start, length) for x in inputs))
                 for k, (value, target) in enumerate(zip(values, outputs)):
                     if target is None:
-                        part = _sum_rows(value, program.kinds[program.outputs[k].value].rows, bound, axis, length)
+                        part = _sum_rows(value, bound, axis, length)
                         totals[k] = totals[k] + part if k in totals else part
                     else:
                         place = target.narrow(axis, start, length) if target.shape[axis] > 1 else target
                         place.copy_(value) if isinstance(value, Tensor) else place.fill_(value)
-            for k, total in totals.items():
-                place = bound.stores[k]
-                target = writes[place.tensor]
-                target.as_strided(total.shape, (place.lane,), target.storage_offset() + place.offset).copy_(total)
+            for k, place in enumerate(bound.stores):
+                if program.outputs[k].over_rows:
+                    part = outputs[k]
+                    put(writes[place.tensor], place, totals[k] if part is None else fold_rows(part, place))
 
         return launch
+
+    def _target(self, k: int, writes: Sequence[Tensor], bound: Bound) -> Tensor | None:
+        """Where output ``k`` goes slice by slice: its tensor, a full one to be folded, or (None) a running sum over all rows."""
+        out, place = self.p.program.outputs[k], bound.stores[k]
+        if not out.over_rows:
+            return _view(writes[place.tensor], place, bound, self.p.program.out_kind(out))
+        lanes = bound.lanes if self.p.program.kinds[out.value].lanes else 1
+        return torch.empty(*bound.shape, lanes, device=writes[place.tensor].device) if self.p.folded(k) else None
 
 
 def _view(t: Tensor, place: Placement, bound: Bound, kind: Any) -> Tensor:
@@ -129,7 +135,7 @@ def _slice(x: Tensor | float, axis: int, start: int, length: int) -> Tensor | fl
     return part if part.dtype == torch.float32 else part.float()
 
 
-def _sum_rows(value: Any, rows: bool, bound: Bound, axis: int, length: int) -> Tensor:
+def _sum_rows(value: Any, bound: Bound, axis: int, length: int) -> Tensor:
     """The sum over this slice's rows; a value without rows counts once for each."""
     shape = [length if a == axis else n for a, n in enumerate(bound.shape)]
     value = torch.as_tensor(value, dtype=torch.float32)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from slothc.gradients.plan import Pass
 
-from .binding import Binder, Bound
+from .binding import Binder, Bound, fold_rows, put
 from .cache import load
 from .triton_source import Groups, arguments, source
 
@@ -52,7 +52,7 @@ class Shape:
 
 def choose(p: Pass, bound: Bound, device: torch.device) -> Shape:
     """Block shapes from sizes alone: about 4,096 elements in flight for a program, whole rows where reductions need them."""
-    sums = any(o.over_rows for o in p.program.outputs)
+    sums = any(o.over_rows and not p.folded(k) for k, o in enumerate(p.program.outputs))
     reduces = bool(p.program.reductions)
     rows, lanes = max(bound.rows, 1), max(bound.lanes, 1)
     loop = reduces and lanes > ROW_LIMIT
@@ -116,18 +116,17 @@ class TritonLauncher:
         integers += [*bound.shape, *(bound.sizes[i.name] for i in p.program.inputs if i.role == "size"), bound.rows, bound.lanes]
         ins = sorted({a.tensor for a in p.loads if a})
         outs = sorted({a.tensor for o, a in zip(outputs, p.stores) if not o.over_rows})
-        sums = [(o, place) for o, place in zip(outputs, bound.stores) if o.over_rows]
-        widths = [bound.lanes if p.program.kinds[o.value].lanes else 1 for o, _ in sums]
+        totals = [(p.folded(k), bound.lanes if p.program.kinds[o.value].lanes else 1, place)
+                  for k, (o, place) in enumerate(zip(outputs, bound.stores)) if o.over_rows]  # fmt: skip
+        totals.sort(key=lambda t: t[0])                                   # as the kernel's arguments: column sums, then folds
         constants = dict(BLOCK_R=shape.block_r, BLOCK_L=shape.block_l, WIDE=bound.wide, num_warps=shape.warps)
 
         def launch(reads: Sequence[Tensor], writes: Sequence[Tensor]) -> None:
             make = torch.zeros if shape.loop else torch.empty
-            partial = [make((shape.partials, w), dtype=torch.float32, device=device) for w in widths]
+            partial = [make((*(bound.shape if fold else (shape.partials,)), w), dtype=torch.float32, device=device) for fold, w, _ in totals]
             kernel[shape.grid](*(reads[i] for i in ins), *(writes[i] for i in outs), *partial, *integers, **constants)
-            for (_, place), part in zip(sums, partial):
-                total = part.sum(0)
-                target = writes[place.tensor]
-                target.as_strided(total.shape, (place.lane,), target.storage_offset() + place.offset).copy_(total)
+            for (fold, _, place), part in zip(totals, partial):
+                put(writes[place.tensor], place, fold_rows(part, place) if fold else part.sum(0))
 
         return launch
 

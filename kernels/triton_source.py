@@ -76,7 +76,7 @@ def arguments(p: Pass, groups: Groups) -> list[tuple[str, int, str]]:
 
 
 def _accesses(p: Pass) -> list[tuple[str, Access | None]]:
-    """Every access with the label its arguments carry: inputs by name, then outputs; sums over rows have none of their own."""
+    """Every access with the label its arguments carry: inputs by name, then outputs; sums over rows have none."""
     outs = [(o.name if o.name not in p.program.input else f"out_{o.name}", None if o.over_rows else a) for o, a in zip(p.program.outputs, p.stores)]
     return [(i.name, a) for i, a in zip(p.program.inputs, p.loads)] + outs
 
@@ -86,13 +86,15 @@ class _Kernel:
         self.p, self.program, self.groups = p, p.program, groups
         self.arguments = arguments(p, groups)
         self.names = {a for a, *_ in self.arguments}
-        self.sums = [o for o in self.program.outputs if o.over_rows]
+        folded = [p.folded(k) for k in range(len(self.program.outputs))]
+        self.sums = [o for o, fold in zip(self.program.outputs, folded) if o.over_rows and not fold]
+        self.parts = [o for o, fold in zip(self.program.outputs, folded) if fold]
         self.direct = [(o, a) for o, a in zip(self.program.outputs, p.stores) if not o.over_rows]
         self.kinds = self.program.kinds
 
     def text(self, name: str, loop: bool) -> Iterator[str]:
         pointers = [f"in{t}" for t in sorted({a.tensor for a in self.p.loads if a})]
-        pointers += [f"out{t}" for t in sorted({a.tensor for _, a in self.direct})] + [f"sum_{o.name}" for o in self.sums]
+        pointers += [f"out{t}" for t in sorted({a.tensor for _, a in self.direct})] + [f"sum_{o.name}" for o in self.sums] + [f"part_{o.name}" for o in self.parts]
         integers = [a for a, *_ in self.arguments] + [f"n{g}" for g in range(len(self.groups))]
         sizes = [i.name for i in self.program.inputs if i.role == "size"]
         yield "@triton.jit"
@@ -150,6 +152,12 @@ class _Kernel:
         mask = f", mask={' & '.join(masks)}" if masks else ""
         return f"tl.store({self._address(f'out{access.tensor}', label)}, {out.value}{mask})"
 
+    def _store_part(self, out: Output) -> str:
+        """A row of what is summed over some of the row axes afterwards, [rows, lanes] in fp32."""
+        if self.kinds[out.value].lanes:
+            return f"tl.store(part_{out.name} + row * LANES + lane, {out.value}, mask=row_ok & lane_ok)"
+        return f"tl.store(part_{out.name} + row, {out.value}, mask=row_ok)"
+
     # equations
 
     def _equation(self, stage: Stage) -> str:
@@ -189,6 +197,8 @@ class _Kernel:
             yield f"{pad}acc_{out.name} += tl.sum(tl.where({self._sum_mask(out)}, {out.value}, 0.0), axis=0)[None, :]"
         for out, access in self.direct:
             yield pad + self._store(out, access)
+        for out in self.parts:
+            yield pad + self._store_part(out)
         for out in self.sums:
             yield self._store_sum(out, f"acc_{out.name}")
 
@@ -281,8 +291,11 @@ class _Kernel:
     def _final_pass(self) -> Iterator[str]:
         wide = [(o, a) for o, a in self.direct if self.program.out_kind(o).lanes]
         sums = [o for o in self.sums if self.kinds[o.value].lanes]
-        if wide or sums:
-            yield from self._lane_loop({o.value for o, _ in wide} | {o.value for o in sums})
+        parts = [o for o in self.parts if self.kinds[o.value].lanes]
+        if wide or sums or parts:
+            yield from self._lane_loop({o.value for o in (*(o for o, _ in wide), *sums, *parts)})
+            for out in parts:
+                yield "    " + self._store_part(out)
             for out, access in wide:
                 yield "    " + self._store(out, access)
             for out in sums:                                              # this program's own row of partial sums
@@ -293,6 +306,9 @@ class _Kernel:
         for out in self.sums:
             if not self.kinds[out.value].lanes:
                 yield f"acc_{out.name} += tl.sum(tl.where(row_ok, {out.value}, 0.0), axis=0)[None, :]"
+        for out in self.parts:
+            if not self.kinds[out.value].lanes:
+                yield self._store_part(out)
         for out, access in self.direct:
             if not self.program.out_kind(out).lanes:
                 yield self._store(out, access)

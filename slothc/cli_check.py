@@ -26,7 +26,7 @@ from slothc.gradients.vocabulary import Chain, loss_program
 from slothc.patterns.rule import Match, Sample
 
 from .check import DRAWS, SLACK, TINY
-from .cli_rule import Rule, arguments, found_in, named
+from .cli_rule import Rule, arguments, lifted, named
 from .errors import RegionDropped
 
 SYMBOLIC = 1e-15
@@ -55,23 +55,21 @@ def witnesses(name: str) -> tuple[str, bool]:
     table = Table("sample", "witness", "of", "error", "allowed", "", title=f"{rule.name}: {rule.math}")
     for v in verdicts:
         table.add_row(v.sample, v.witness, v.of, f"{v.error:.1e}", f"{v.allowed:.1e}", "ok" if v.passed else "WRONG")
-    console = Console(file=io.StringIO(), width=120)
+    console = Console(file=io.StringIO(), width=120, markup=False, emoji=False)
     console.print(table)
     return console.file.getvalue().rstrip(), bool(verdicts) and all(v.passed for v in verdicts)  # type: ignore[attr-defined]
 
 
 def _verdicts(rule: Rule, sample: Sample) -> Iterator[Verdict]:
-    found = found_in(sample)
-    plans = [region.plan for region in found.regions if rule.name in region.counts()]
-    matches = [match for match in found.matches if match.rule == rule.name]
-    if not plans and not matches:
+    found = lifted(rule, sample)
+    if not found:
         yield Verdict(sample.name, "recognised", "the sample", math.inf, 0.0)
         return
-    for plan in plans:
+    for plan in found.plans:
         yield from _row(sample, plan)
-    for match in matches[:1]:
+    for match in found.matches[:1]:
         yield from _structural(sample, match)
-    yield from _autograd(sample)
+    yield from _autograd(sample, found.wanted)
 
 
 def _row(sample: Sample, plan: Plan) -> Iterator[Verdict]:
@@ -96,7 +94,7 @@ def _structural(sample: Sample, match: Match) -> Iterator[Verdict]:
             yield Verdict(sample.name, "differences", name, error, SYMBOLIC)
 
 
-def _autograd(sample: Sample) -> Iterator[Verdict]:
+def _autograd(sample: Sample, wanted: frozenset[int]) -> Iterator[Verdict]:
     """sloth in fp32 against float64 autograd, all draws together: at most 1.10 times eager's error, and a tiny more."""
     torch._dynamo.reset()
     compiled = torch.compile(sample.function, backend="sloth", dynamic=False)
@@ -104,8 +102,8 @@ def _autograd(sample: Sample) -> Iterator[Verdict]:
     with warnings.catch_warnings():
         warnings.simplefilter("error", RegionDropped)
         for seed in range(DRAWS):
-            ours, eager = (_values(f, arguments(sample, torch.float32, seed)) for f in (compiled, sample.function))
-            truth = _values(sample.function, arguments(sample, torch.float32, seed), wide=True)
+            ours, eager = (_values(f, arguments(sample, wanted, seed)) for f in (compiled, sample.function))
+            truth = _values(sample.function, arguments(sample, wanted, seed), wide=True)
             for name, exact in truth.items():
                 row = sums.setdefault(name, [0.0, 0.0, 0.0])
                 row[0] += float((ours[name].double() - exact).square().sum())
@@ -119,9 +117,10 @@ def _autograd(sample: Sample) -> Iterator[Verdict]:
 
 def _values(function: Any, given: list[Any], wide: bool = False) -> dict[str, torch.Tensor]:
     """Results and gradients by name, for seeded cotangents. ``wide`` runs the same values in float64."""
-    floating = [i for i, x in enumerate(given) if isinstance(x, torch.Tensor) and x.is_floating_point()]
+    floating = [i for i, x in enumerate(given) if isinstance(x, torch.Tensor) and x.requires_grad]
     if wide:
-        given = [x.detach().double().requires_grad_() if i in floating else x for i, x in enumerate(given)]
+        given = [x.detach().double().requires_grad_(x.requires_grad)
+                 if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in given]  # fmt: skip
     results = function(*given)
     results = [results] if isinstance(results, torch.Tensor) else list(results)
     generator = torch.Generator().manual_seed(1)

@@ -12,7 +12,7 @@ from slothc.gradients.pretty import describe, formula
 from slothc.gradients.vocabulary import Chain, gradient_program, loss_program, row_pass, with_gradient
 from slothc.patterns.rule import Match
 
-from .cli_rule import found_in, named, sample_of
+from .cli_rule import lifted, named, sample_of
 
 VOCABULARY = 32000
 
@@ -22,15 +22,13 @@ def derivation(name: str, sample_name: str | None = None) -> str:
     rule = named(name)
     sample = sample_of(rule, sample_name)
     others = ", ".join(repr(s.name) for s in rule.samples if s is not sample)
-    found = found_in(sample)
-    plans = [region.plan for region in found.regions if rule.name in region.counts()]
-    matches = [match for match in found.matches if match.rule == rule.name]
-    if not plans and not matches:
-        reasons = "; ".join(dict.fromkeys(miss.reason for miss in found.misses)) or "no reason is recorded"
+    found = lifted(rule, sample)
+    if not found:
+        reasons = "; ".join(found.reasons) or "no reason is recorded"
         raise click.ClickException(f"the sample {sample.name!r} of {rule.name} is not matched: {reasons}")
     head = f"{rule.name}: {rule.math}\nsample {sample.name!r}" + (f" (others: {others})" if others else "")
-    sections = [text for plan in plans for text in _row(plan)]
-    sections += [text for match in matches[:1] for text in _STRUCTURAL[rule.name](match)]
+    sections = [text for plan in found.plans for text in _row(plan)]
+    sections += [text for match in found.matches[:1] for text in _STRUCTURAL[rule.name](match)]
     return "\n\n".join([head, *sections])
 
 

@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import click
 import torch
-from torch import fx
 
-from slothc.patterns.rule import RowRule, Sample, StructuralRule
+from slothc.gradients.plan import Plan
+from slothc.patterns.rule import Match, RowRule, Sample, StructuralRule
 
+from .capture import captured
 from .catalogue import rules
-from .found import Found, find
+from .found import find
 from .options import Options
 from .view import GraphView
 
 Rule = StructuralRule | RowRule
+
+
+@dataclass(frozen=True)
+class Lifted:
+    """What is found of a rule in a sample. ``wanted``: numbers of the arguments that require grad."""
+
+    plans: tuple[Plan, ...]
+    matches: tuple[Match, ...]
+    reasons: tuple[str, ...]
+    wanted: frozenset[int]
+
+    def __bool__(self) -> bool:
+        return bool(self.plans or self.matches)
 
 
 def named(name: str) -> Rule:
@@ -35,23 +50,28 @@ def sample_of(rule: Rule, name: str | None) -> Sample:
     raise click.BadParameter(f"{name!r} is not a sample of {rule.name}; it has {names}", param_hint="--sample")
 
 
-def arguments(sample: Sample, dtype: torch.dtype, seed: int = 0) -> list[Any]:
-    """Fresh arguments with every floating-point tensor in ``dtype`` and requiring grad."""
+def arguments(sample: Sample, wanted: frozenset[int] | None, seed: int = 0) -> list[Any]:
+    """Fresh fp32 arguments; those in ``wanted`` require grad (None: all that can)."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        given = sample.arguments()
-    return [x.detach().to(dtype).requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
-            for x in given]  # fmt: skip
+        given = list(sample.arguments())
+    for i, x in enumerate(given):
+        if isinstance(x, torch.Tensor) and x.is_floating_point():
+            given[i] = x.detach().float().requires_grad_(wanted is None or i in wanted)
+    return given
 
 
-def found_in(sample: Sample, dtype: torch.dtype = torch.float32) -> Found:
-    """What sloth finds in the sample's graph. The graph itself runs as it is."""
-    seen: list[Found] = []
+def lifted(rule: Rule, sample: Sample) -> Lifted:
+    """What sloth finds where every argument wants a gradient, or else where only the first does: tables such as a rope's
+    cosines are constants in a model.
+    """
+    every = frozenset(i for i, x in enumerate(arguments(sample, None)) if isinstance(x, torch.Tensor) and x.requires_grad)
+    found = _lifted(rule, sample, every)
+    return found or _lifted(rule, sample, frozenset({min(every)}))
 
-    def look(module: fx.GraphModule, example_inputs: Any) -> Any:
-        seen.append(find(GraphView(module), Options()))
-        return module.forward
 
-    torch._dynamo.reset()
-    torch.compile(sample.function, backend=look, fullgraph=True, dynamic=False)(*arguments(sample, dtype))
-    return seen[0]
+def _lifted(rule: Rule, sample: Sample, wanted: frozenset[int]) -> Lifted:
+    found = find(GraphView(captured(sample.function, arguments(sample, wanted))), Options())
+    plans = tuple(region.plan for region in found.regions if rule.name in region.counts())
+    matches = tuple(match for match in found.matches if match.rule == rule.name)
+    return Lifted(plans, matches, tuple(dict.fromkeys(miss.reason for miss in found.misses)), wanted)

@@ -33,7 +33,7 @@ def plan(view: GraphView, lifted: Lifted) -> Plan:
         forward = _Abstract(view, lifted, hidden).run()
         if _hidden_sizes(forward):
             raise CannotLift(lifted.results[0], "a size that no operand's shape gives")
-    wrt = _wrt(lifted, forward)
+    wrt = _wrt(forward)
     if not wrt:
         return Plan(forward, None, len(lifted.results), (), ())
     if forward.text not in _derived:
@@ -167,14 +167,11 @@ def _settled(order: tuple[int, ...], sizes: Sequence[int]) -> tuple[int, ...]:
     return order
 
 
-def _wrt(lifted: Lifted, forward: Pass) -> tuple[int, ...]:
-    """Numbers of the operands that get a gradient. Raises ``CannotLift`` for one that is broadcast over some rows only."""
+def _wrt(forward: Pass) -> tuple[int, ...]:
+    """Numbers of the operands that get a gradient."""
     found: set[int] = set()
-    rows = {a.name for a, b in zip(forward.axes, lifted.axes) if b.size != 1}
     for i, access in zip(forward.program.inputs, forward.loads):
         if i.differentiable and access is not None:
-            if i.kind.rows and not rows <= access.axes:
-                raise CannotLift(lifted.leaves[access.tensor], "a gradient summed over some of the rows")
             found.add(access.tensor)
     return tuple(sorted(found))
 
@@ -207,6 +204,7 @@ def _joined(forward: Pass, backward: Program, wrt: tuple[int, ...]) -> Plan:
     store = {f"g_{o.name}": a for o, a in zip(forward.program.outputs, forward.stores)}
     kept = {n: a for n, (_, a, _) in zip(stored, extra)}
     stores = tuple(_as_access(load[o.name.removeprefix("d_")]) for o in backward.outputs)
+    backward = _folding(forward, backward, stores)
     targets, backward, stores = _shared(forward, backward, stores, wrt)
     loads = tuple(_load(i, load, store, kept, numbering) for i in backward.inputs)
     first = [wrt[targets.index(k)] for k in range(max(targets) + 1)]
@@ -217,6 +215,13 @@ def _joined(forward: Pass, backward: Program, wrt: tuple[int, ...]) -> Plan:
     writes = tuple(_gradient_operand(forward, t, stores, k) for k, t in enumerate(first))
     back = Pass(backward, forward.axes, forward.lane, loads, stores, reads, writes, sizes)
     return Plan(whole, back, len(forward.writes), saved_operands, wrt, targets)
+
+
+def _folding(forward: Pass, backward: Program, stores: Sequence[Access]) -> Program:
+    """The backward with every gradient that is wider than its operand marked for summing."""
+    rows = {a.name for a in forward.axes if a.size != 1}
+    outputs = tuple(replace(o, over_rows=True, kind=None) if rows - a.axes else o for o, a in zip(backward.outputs, stores))
+    return replace(backward, outputs=outputs)
 
 
 def _as_access(access: Access | None) -> Access:
