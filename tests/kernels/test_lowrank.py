@@ -342,3 +342,11 @@ def test_training_follows_the_fp32_curve():
                 f"  {adapter} {name:12s} off by {gaps[name]:.4f} at most: {[round(v, 4) for v in found.tolist()[::4]]}"
             )
         assert gaps["one rounding"] < 0.015 < 0.025 < gaps["eager"]
+
+
+def test_the_straight_source_is_the_derived_plan():
+    code = lowrank.straight("nk", True, ("X", "A", "B"), False).source
+    assert all(
+        f"# {step}" in code for step in ("T = X A'", "U = G B", "dX = s U A + G W", "dA = s U' X", "dB = s G' T")
+    )
+    assert "dW" not in code and "return dX, None, None, dA, dB," in code

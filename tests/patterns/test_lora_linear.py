@@ -224,3 +224,12 @@ def test_peft_llama(adapter_fp32, dropout):
 def test_samples_are_found(sample):
     matches, misses, _ = found(sample.function, *sample.arguments())
     assert len(matches) == 1 and not misses
+
+
+def test_a_reason_is_given_once():
+    def function(x, w, bias, a, b):
+        y = F.linear(x, w) + F.linear(F.linear(x, a), b) * 2.0
+        return (y + F.linear(F.linear(x.to(torch.float32), a.float()), b.float()) * 3.0).to(x.dtype)
+
+    matches, misses, _ = found(function, *operands(torch.bfloat16))
+    assert len(matches) == 1 and len(misses) == 1
