@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import networkx as nx
 import torch
 from torch import fx
 
@@ -78,24 +77,10 @@ class Growth:
 
 
 def leaves(cone: Cone) -> list[fx.Node]:
-    """The values a cone reads, in graph order of first use."""
+    """The values a cone reads, in a settled order."""
     found: dict[fx.Node, None] = {}
-    for node in cone.nodes:
+    for node in sorted(cone.nodes, key=lambda n: n.name):
         for n in node.all_input_nodes:
             if n not in cone.nodes:
                 found[n] = None
     return list(found)
-
-
-def cut_points(cone: Cone) -> list[fx.Node]:
-    """The values of the cone, nearest the sink first, that everything computed before them passes through on its way to the sink."""
-    graph = nx.DiGraph()
-    graph.add_node(cone.sink)
-    for node in cone.nodes:
-        for n in node.all_input_nodes:
-            if n in cone.nodes:
-                graph.add_edge(node, n)
-    above = nx.immediate_dominators(graph, cone.sink)
-    depth = {n: len(nx.descendants(graph, n)) for n in above}
-    heads = {d for n, d in above.items() if d not in (None, cone.sink, n)}
-    return sorted(heads, key=lambda n: -depth[n])
