@@ -76,7 +76,7 @@ class Machine:
     steps: tuple[tuple[str, tuple[str, ...], Callable[..., Any], str | None, str | None], ...]
 
     def run(self, cells: Mapping[str, Grid], rows: int, lanes: int, round: bool = False) -> dict[str, Grid]:
-        """The grid of every input and stage, from the grids of the inputs and of the stages that are to be held fixed."""
+        """The grid of every input and stage, from those of the inputs and of stages to be held fixed."""
         cells, kinds = dict(cells), self.program.kinds
         for name, operands, function, reduction, dtype in self.steps:
             if name in cells:
@@ -145,8 +145,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """The outputs of ``program`` at ``inputs``, in exact reals of ``digits`` digits.
 
-    Inputs are nested lists by kind: row [rows][lanes], column [lanes], scalar [rows], const a number; "index" inputs may
-    be left out, and so may "size" inputs (the number of lanes). ``round`` applies the rounding points and storage dtypes.
+    Inputs are nested lists by kind: row [rows][lanes], column [lanes], scalar [rows], const a number; "index" inputs
+    may be left out, and so may "size" inputs (the number of lanes). ``round`` applies rounding points and storage dtypes.
     Raises ValueError where an input is missing or has another shape than its kind asks for.
     """
     with mpmath.workdps(digits + GUARD):
@@ -213,7 +213,7 @@ def spread(grid: Grid, shape: tuple[int, int], name: str) -> Grid:
         return grid
     if len(grid) not in (1, shape[0]) or len(grid[0]) not in (1, shape[1]):
         raise ValueError(
-            f"{name} has {len(grid)} rows and {len(grid[0])} lanes, which does not spread over {shape[0]} and {shape[1]}"
+            f"{name} has {len(grid)} rows and {len(grid[0])} lanes, not {shape[0]} and {shape[1]}"
         )
     return [[grid[r % len(grid)][i % len(grid[0])] for i in range(shape[1])] for r in range(shape[0])]
 
@@ -239,7 +239,7 @@ def draw(i: Input, dice: random.Random, rows: int, lanes: int, low: float = -2.0
 
 
 def draw_point(program: Program, dice: random.Random, rows: int, lanes: int) -> dict[str, Any]:
-    """A point where every stage is a finite real: constants are positive, tensors of either sign if the domain allows."""
+    """A point where every stage is a finite real: constants are positive, tensors of either sign if they can be."""
     m = machine(program)
     for attempt in range(24):
         low = -2.0 if attempt < 12 else 0.25  # log, sqrt and 1/x ask for positive arguments

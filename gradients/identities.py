@@ -1,8 +1,8 @@
 """The named identities that tidy derived formulas, each with its side condition.
 
-``before`` and ``after`` are expressions over the placeholders u, v, a, b. A sum or product ``before`` also matches inside
-a longer one. sympy itself cancels x / x at construction, so a quotient never reaches these rules; what sympy cannot know
-(the vocabulary functions are opaque to it) is here. sigmoid(x) (1 - sigmoid(x)) stays: it is the cheapest form.
+``before`` and ``after`` are expressions over the placeholders u, v, a, b. A sum or product ``before`` also matches
+inside a longer one. sympy itself cancels x / x at construction, so a quotient never reaches these rules; what sympy cannot
+know (the vocabulary functions are opaque to it) is here. sigmoid(x) (1 - sigmoid(x)) stays: it is the cheapest form.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def factored(expr: sp.Add) -> sp.Expr:
 
 
 def tidy(expr: sp.Expr) -> sp.Expr:
-    """``expr`` with the identities and common factors applied from the leaves up; equal wherever ``expr`` is defined."""
+    """``expr`` with the identities and common factors applied, leaves first; equal wherever ``expr`` is defined."""
     if not expr.args:
         return expr
     args = [tidy(x) for x in expr.args]

@@ -2,7 +2,8 @@
 
 ``witness`` compares a derived backward with differences of the forward: a central difference with step h errs by
 h^2 f'''/6, and at 70 digits h = 1e-25 leaves about 1e-45. Where the program is analytic a second one, without
-cancellation, is the complex step, f'(x) = Im f(x + ih) / h (Squire and Trapp 1998). ``equivalent`` decides what a lifted program is called.
+cancellation, is the complex step, f'(x) = Im f(x + ih) / h (Squire and Trapp 1998).
+``equivalent`` decides what a lifted program is called.
 """
 
 from __future__ import annotations
@@ -72,10 +73,11 @@ def witness(
     digits: int = 50,
     points: Point | None = None,
 ) -> WitnessReport:
-    """Check a derived backward against differences of sum(cotangent * output), element by element of each ``d_<input>``.
+    """Check a derived backward against differences of sum(cotangent * output), element by element.
 
     ``backward`` defaults to ``derive(program)``. Detached stages are held at their values. ``points`` fixes some inputs
-    or cotangents (``g_<output>``), for tests near kinks; on a kink itself a central difference is the mean of both sides, which need not be torch's choice.
+    or cotangents (``g_<output>``), for tests near kinks; on a kink itself a central difference is the mean of
+    both sides, which need not be torch's choice.
     """
     if backward is None:
         from .reverse import derive

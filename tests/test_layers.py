@@ -187,7 +187,7 @@ def test_the_entry_point_resolves(wheel: zipfile.ZipFile) -> None:
 
 def test_the_wheel_works_away_from_the_checkout(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
     wheel.extractall(tmp_path)
-    code = "import slothc.gradients.reverse as r; import importlib.util as u; print(r.__file__); print(u.find_spec('slothc.kernels').origin)"
+    code = "import slothc.gradients.reverse as r; print(r.__file__)"
     shown = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env={"PYTHONPATH": str(tmp_path)}
     )

@@ -133,3 +133,10 @@ def test_equivalent_does_not_prove_look_alikes() -> None:
     assert equivalent(programs.swiglu(), programs.rms_norm()) is None
     assert equivalent(programs.layer_norm(), programs.rms_norm()) is None
     assert equivalent(programs.ALL["gelu"], programs.gelu_tanh()) is None
+
+
+def test_the_witness_holds_detached_stages_fixed() -> None:
+    stages = (Stage("m", programs.Reduce("max", x), detached=True), Stage("y", sp.exp(x - symbol("m")) * x))
+    p = Program((Input("x", ROW),), stages, (Output("y", "y"),))
+    assert witness(p).worst < 1e-25
+    assert "ties" not in derive(p).text()
