@@ -146,7 +146,7 @@ def evaluate(
     """The outputs of ``program`` at ``inputs``, in exact reals of ``digits`` digits.
 
     Inputs are nested lists by kind: row [rows][lanes], column [lanes], scalar [rows], const a number; "index" inputs
-    may be left out, and so may "size" inputs (the number of lanes). ``round`` applies rounding points and storage dtypes.
+    may be left out, and so may "size" inputs (the number of lanes). ``round`` applies rounding points and dtypes.
     Raises ValueError where an input is missing or has another shape than its kind asks for.
     """
     with mpmath.workdps(digits + GUARD):

@@ -1,7 +1,7 @@
 """The named identities that tidy derived formulas, each with its side condition.
 
 ``before`` and ``after`` are expressions over the placeholders u, v, a, b. A sum or product ``before`` also matches
-inside a longer one. sympy itself cancels x / x at construction, so a quotient never reaches these rules; what sympy cannot
+inside a longer one. sympy itself cancels x / x at construction, so a quotient never reaches these rules; what it cannot
 know (the vocabulary functions are opaque to it) is here. sigmoid(x) (1 - sigmoid(x)) stays: it is the cheapest form.
 """
 
