@@ -15,9 +15,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx
-
 from slothc.gradients.vocabulary import Chain
+from torch import fx
 
 from .meaning import Op, View
 from .rule import Match, Miss, Sample, StructuralRule
@@ -115,7 +114,7 @@ def _walk(view: View, start: fx.Node) -> _Head:
         node = _classes_last(view, head, start)
     while True:
         if not isinstance(node, fx.Node):
-            raise _Stop("the logits are not computed in this graph")
+            raise _Stop("the logits are a number")
         head.path.append(node)
         op = view.op(node)
         if op.kind == "linear":
@@ -152,6 +151,8 @@ def _before(view: View, head: _Head, node: fx.Node, op: Op) -> fx.Node:
         head.views.append(node)
         _see_through(view, head, node, op)
         return op.args[0]
+    if op.kind == "input":
+        raise _Stop("the logits are not a linear of this graph")
     raise _Stop(f"between the linear and the loss stands {_name(node)}")
 
 
