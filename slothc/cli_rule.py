@@ -22,12 +22,11 @@ Rule = StructuralRule | RowRule
 
 @dataclass(frozen=True)
 class Lifted:
-    """What is found of a rule in a sample. ``wanted``: numbers of the arguments that require grad."""
+    """What is found of a rule in a sample, and why other things are not."""
 
     plans: tuple[Plan, ...]
     matches: tuple[Match, ...]
     reasons: tuple[str, ...]
-    wanted: frozenset[int]
 
     def __bool__(self) -> bool:
         return bool(self.plans or self.matches)
@@ -50,28 +49,20 @@ def sample_of(rule: Rule, name: str | None) -> Sample:
     raise click.BadParameter(f"{name!r} is not a sample of {rule.name}; it has {names}", param_hint="--sample")
 
 
-def arguments(sample: Sample, wanted: frozenset[int] | None, seed: int = 0) -> list[Any]:
-    """Fresh fp32 arguments; those in ``wanted`` require grad (None: all that can)."""
+def arguments(sample: Sample, seed: int = 0) -> list[Any]:
+    """Fresh arguments; what is floating-point is fp32 and requires grad."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         given = list(sample.arguments())
     for i, x in enumerate(given):
         if isinstance(x, torch.Tensor) and x.is_floating_point():
-            given[i] = x.detach().float().requires_grad_(wanted is None or i in wanted)
+            given[i] = x.detach().float().requires_grad_()
     return given
 
 
 def lifted(rule: Rule, sample: Sample) -> Lifted:
-    """What sloth finds where every argument wants a gradient, or else where only the first does: tables such as a rope's
-    cosines are constants in a model.
-    """
-    every = frozenset(i for i, x in enumerate(arguments(sample, None)) if isinstance(x, torch.Tensor) and x.requires_grad)
-    found = _lifted(rule, sample, every)
-    return found or _lifted(rule, sample, frozenset({min(every)}))
-
-
-def _lifted(rule: Rule, sample: Sample, wanted: frozenset[int]) -> Lifted:
-    found = find(GraphView(captured(sample.function, arguments(sample, wanted))), Options())
+    """What sloth finds in the sample's graph."""
+    found = find(GraphView(captured(sample.function, arguments(sample))), Options())
     plans = tuple(region.plan for region in found.regions if rule.name in region.counts())
     matches = tuple(match for match in found.matches if match.rule == rule.name)
-    return Lifted(plans, matches, tuple(dict.fromkeys(miss.reason for miss in found.misses)), wanted)
+    return Lifted(plans, matches, tuple(dict.fromkeys(miss.reason for miss in found.misses)))
