@@ -241,7 +241,8 @@ class _Products:
             return ready
         name = next(n for n in _names() if n not in self.shapes)
         self.shapes[name] = (_shape(left, self.shapes)[0], _shape(right, self.shapes)[1])
-        self.steps.append(Step(name, *self.shapes[name], (Term(sp.Integer(1), left, right),)))
+        rows, cols = self.shapes[name]
+        self.steps.append(Step(name, rows, cols, (Term(sp.Integer(1), left, right),)))
         self.names[left, right] = Factor(name)
         return Factor(name)
 
@@ -259,7 +260,8 @@ class _Products:
         terms = [self.term(c, chain) for c, chain in chains(expression)]
         terms.sort(key=lambda t: (self.flops(t.left, t.right) if t.right else 0, str(t)))
         self.shapes[name] = tuple(expression.shape)
-        self.steps.append(Step(name, *expression.shape, tuple(terms)))
+        rows, cols = expression.shape
+        self.steps.append(Step(name, rows, cols, tuple(terms)))
 
 
 def _names() -> Iterable[str]:

@@ -10,6 +10,7 @@ from typing import Any
 import sympy as sp
 import torch
 from slothc.gradients.matrix import Factor, MatrixPlan, Step, lora_plan
+from slothc.gradients.matrix import Term as PlanTerm
 
 from .products import Matrix, product, rounded, total
 
@@ -51,7 +52,8 @@ class Run:
         if len(terms) == 1:
             alpha, left, right = terms[0]
             return product(left, right, alpha, dtype, self.long)
-        return total(terms, dtype, strict)
+        wide = terms[0][1].dtype if dtype is None else dtype
+        return total(terms, wide, strict)
 
 
 @dataclass(frozen=True)
@@ -64,9 +66,10 @@ class Program:
     reads: frozenset[str]
 
 
-def _term(plan: MatrixPlan, term: Any) -> Term:
+def _term(plan: MatrixPlan, term: PlanTerm) -> Term:
     coefficient = None if term.coefficient == 1 else sp.lambdify([sp.Symbol("s", real=True)], term.coefficient, "math")
-    return Term(coefficient, term.left.name, term.left.transposed, term.right.name, term.right.transposed)
+    left, right = _pair(term)
+    return Term(coefficient, left.name, left.transposed, right.name, right.transposed)
 
 
 def _run(plan: MatrixPlan, step: Step) -> Run:
@@ -129,18 +132,24 @@ def _function(
 def _lines(plan: MatrixPlan, step: Step, wide: bool) -> list[str]:
     """The first term makes the value, every further one accumulates onto it in the GEMM."""
     first, *rest = step.terms
-    left, right, c = _spell(first.left), _spell(first.right), sp.pycode(first.coefficient)
+    (a, b), c = _pair(first), sp.pycode(first.coefficient)
+    left, right = _spell(a), _spell(b)
     made = f"{step.name} = mm({left}, {right})"
     if wide and plan.inner(first) == plan.rows:
-        made = f"{step.name} = rounded(mm({left}, {right}, out_dtype=float32), {c}, {first.left.name}.dtype)"
+        made = f"{step.name} = rounded(mm({left}, {right}, out_dtype=float32), {c}, {a.name}.dtype)"
     elif c != "1":
-        rows = f"{first.left.name}.shape[{int(first.left.transposed)}]"
-        cols = f"{first.right.name}.shape[{int(not first.right.transposed)}]"
-        empty = f"{first.left.name}.new_empty({rows}, {cols})"
+        rows = f"{a.name}.shape[{int(a.transposed)}]"
+        cols = f"{b.name}.shape[{int(not b.transposed)}]"
+        empty = f"{a.name}.new_empty({rows}, {cols})"
         made = f"{step.name} = {empty}.addmm_({left}, {right}, beta=0, alpha={c})"
-    return [made] + [
-        f"{step.name}.addmm_({_spell(t.left)}, {_spell(t.right)}, alpha={sp.pycode(t.coefficient)})" for t in rest
-    ]
+    onto = [f"{', '.join(map(_spell, _pair(t)))}, alpha={sp.pycode(t.coefficient)}" for t in rest]
+    return [made, *(f"{step.name}.addmm_({arguments})" for arguments in onto)]
+
+
+def _pair(term: PlanTerm) -> tuple[Factor, Factor]:
+    if term.right is None:
+        raise ValueError(f"straight: the term {term} is no product")
+    return term.left, term.right
 
 
 def _spell(factor: Factor) -> str:

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -31,7 +32,7 @@ class Ones:
         return Ones(self.rows, not self.transposed)
 
 
-Matrix = torch.Tensor | Ones
+Matrix = Any  # a tensor or Ones: both can be transposed and multiplied here
 Term = tuple[float, Matrix, Matrix]
 
 
@@ -151,7 +152,7 @@ def _strict(terms: Sequence[Term], dtype: torch.dtype) -> torch.Tensor:
     # joined: both factors are read and written; fp32 sum: 4 bytes written, read, written and read, then rounded
     if joins and (not widens(a.device) or 4 * k * (m + n) <= 16 * m * n):
         return torch.mm(*_joined([p for t in terms for p in _pairs(*t, dtype)]))
-    y = None
+    y: Any = None
     for alpha, a, b in terms:
         if y is None or isinstance(a, Ones):
             part = product(a, b, alpha, torch.float32)
