@@ -114,7 +114,8 @@ def test_transposes_cancel():
 def test_needs_no_torch():
     root = __file__.rsplit("/tests/", 1)[0]
     code = (
-        "import sys, types; bare = types.ModuleType('slothc'); bare.__path__ = [sys.argv[1]]; sys.modules['slothc'] = bare; "
+        "import sys, types; bare = types.ModuleType('slothc'); bare.__path__ = [sys.argv[1]]; "
+        "sys.modules['slothc'] = bare; "
         "import slothc.gradients.matrix_witness, slothc.gradients.matrix as m; m.lora_plan(); "
         "assert 'torch' not in sys.modules"
     )
