@@ -189,7 +189,7 @@ def _merge(shape: list[int], placements: list[Placement]) -> tuple[tuple[int, ..
                 groups[-1] = (*groups[-1], axis)
                 continue
         groups.append((axis,))
-    return tuple(groups) or ((0,) if shape else ((),))
+    return tuple(groups) or (((0,),) if shape else ((),))
 
 
 def _regroup(x: Placement, groups: tuple[tuple[int, ...], ...]) -> Placement:
