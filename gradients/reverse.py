@@ -89,11 +89,14 @@ class _Reverse:
         if not total.is_Symbol:
             total = self._define(f"a_{stage.name}", total)
         body = stage.expr
+        wide = isinstance(stage.value, Reduce) or self._kind(body).lanes
         if isinstance(stage.value, Reduce):
             total = total * self._slope(stage.name, stage.value)
         for s in sorted(body.free_symbols, key=lambda s: s.name):
             if s.name in self.active:
                 term = total * self._partial(body, s)
+                if wide and not self.kinds[s.name].lanes and not self._kind(term).lanes and term != 0:
+                    term = self._define(f"n_{stage.name}_{s.name}", Reduce("sum", term))     # the same in every lane: N times it
                 if term != 0:
                     self.terms.setdefault(s.name, []).append(term)
 

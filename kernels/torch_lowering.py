@@ -32,7 +32,11 @@ def source(program: Program) -> str:
 def _lines(program: Program) -> Iterator[str]:
     yield "import torch"
     yield "\n"
-    yield f"def run({', '.join(i.name for i in program.inputs)}):"
+    yield "def _full(x, lanes):"
+    yield "    x = torch.as_tensor(x, dtype=torch.float32)"
+    yield "    return x if x.dim() and x.shape[-1] == lanes else x.expand(*x.shape[:-1], lanes)"
+    yield "\n"
+    yield f"def run(LANES, {', '.join(i.name for i in program.inputs)}):"
     for stage in program.stages:
         yield f"    {stage.name} = {_equation(stage)}"
     yield f"    return {''.join(o.value + ', ' for o in program.outputs)}"
@@ -41,7 +45,7 @@ def _lines(program: Program) -> Iterator[str]:
 def _equation(stage: Stage) -> str:
     value = stage.value
     if isinstance(value, Reduce):
-        body = f"torch.as_tensor({render(value.body, TORCH)})"
+        body = f"_full({render(value.body, TORCH)}, LANES)"
         if value.op == "sum":
             return f"{body}.sum(-1, keepdim=True)"
         return f"{body}.amax(-1, keepdim=True)" if value.op == "max" else f"torch.logsumexp({body}, -1, keepdim=True)"
@@ -88,7 +92,7 @@ class TorchLauncher:
             totals: dict[int, Tensor] = {}
             for start in range(0, bound.shape[axis], step):
                 length = min(step, bound.shape[axis] - start)
-                values = self.run(*(_slice(x, axis, start, length) for x in inputs))
+                values = self.run(bound.lanes, *(_slice(x, axis, start, length) for x in inputs))
                 for k, (value, target) in enumerate(zip(values, outputs)):
                     if target is None:
                         part = _sum_rows(value, bound, axis, length)
@@ -115,7 +119,7 @@ class TorchLauncher:
 def _view(t: Tensor, place: Placement, bound: Bound, kind: Any) -> Tensor:
     """The tensor as [row axes..., lane], with size 1 where the access does not vary."""
     strides = (*place.rows, place.lane)
-    varies = [*(kind.rows and s != 0 for s in place.rows), kind.lanes and place.lane != 0]
+    varies = [*(kind.rows and s != 0 for s in place.rows), kind.lanes]      # lanes stay: reductions count them
     sizes = [n if v else 1 for n, v in zip((*bound.shape, bound.lanes), varies)]
     return t.as_strided(sizes, strides, t.storage_offset() + place.offset)
 
