@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from slothc.gradients.vocabulary import Chain
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from slothc.gradients.vocabulary import Chain
-
 from .binding import DTYPE
+from .vocab_chain import no_autocast
 from .vocab_chunks import Gradients, Operands, Wants, gradients, greatest, losses_and_gradients
 from .vocab_rows import Loss
 
@@ -50,7 +50,7 @@ def linear_cross_entropy(
     spec = Loss(text, int(ignore_index), float(label_smoothing), reduction, dtype or DTYPE[Chain.parse(text).result])
     _validate(hidden, weight, bias, labels, spec)
     flat, rows = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with no_autocast(hidden.device):
         loss = _apply(flat, weight, bias, rows, spec)
     return loss.reshape(labels.shape) if reduction == "none" else loss
 
@@ -62,7 +62,7 @@ def linear_logsumexp(
     text = chain if chain is not None else NAMES[hidden.dtype]
     spec = Loss(text, -100, -1.0, "none", dtype or DTYPE[Chain.parse(text).result])
     _validate(hidden, weight, bias, None, spec)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with no_autocast(hidden.device):
         return _apply(hidden.reshape(-1, hidden.shape[-1]), weight, bias, None, spec).reshape(hidden.shape[:-1])
 
 
@@ -70,7 +70,7 @@ def linear_logsumexp(
 def linear_argmax(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, chain: str | None = None) -> Tensor:
     """``chain(F.linear(hidden, weight, bias)).argmax(-1)`` in bounded memory: [...] int64 for hidden [..., D]."""
     made = Chain.parse(chain if chain is not None else NAMES[hidden.dtype])
-    with torch.autocast(hidden.device.type, enabled=False):
+    with no_autocast(hidden.device):
         ops = Operands.of(hidden.reshape(-1, hidden.shape[-1]), weight, bias, None, DTYPE[made.dtype])
         return greatest(ops, made).reshape(hidden.shape[:-1])
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
 from slothc.gradients.vocabulary import FUNCTIONS, Chain
+from torch import Tensor
 
 from .binding import DTYPE
 
@@ -35,6 +35,12 @@ if STEPS.keys() != FUNCTIONS.keys():
     )
 
 
+def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast off, on devices that have it."""
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if known else nullcontext()
+
+
 def processed(z: Tensor, chain: Chain) -> Tensor:
     """chain(z), rounded to each step's dtype."""
     for step in chain.steps:
@@ -45,7 +51,7 @@ def processed(z: Tensor, chain: Chain) -> Tensor:
 def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, chain: Chain) -> Tensor:
     """chain(hidden W^T + b), [..., V]: what eager computes. Differentiable."""
     dtype = DTYPE[chain.dtype]
-    with torch.autocast(hidden.device.type, enabled=False):
+    with no_autocast(hidden.device):
         z = F.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
         return processed(z, chain)
 
@@ -53,7 +59,7 @@ def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, chain: Chain) ->
 def picked(hidden: Tensor, weight: Tensor, bias: Tensor | None, chain: Chain, index: Tensor) -> Tensor:
     """chain(hidden W^T + b) at ``index`` [..., k] of the vocabulary, by k dot products in fp32. Differentiable."""
     dtype = DTYPE[chain.dtype]
-    with torch.autocast(hidden.device.type, enabled=False):
+    with no_autocast(hidden.device):
         rows = weight.to(dtype)[index].float()
         z = (hidden.to(dtype).float().unsqueeze(-2) * rows).sum(-1)
         z = z if bias is None else z + bias.to(dtype)[index].float()

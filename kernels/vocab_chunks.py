@@ -15,9 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
-
 from slothc.gradients.vocabulary import Chain
+from torch import Tensor
 
 from .vocab_chain import processed
 from .vocab_matrix import linear_into, product_into

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import torch
-from torch import Tensor
-
 from slothc.gradients.plan import Pass
 from slothc.gradients.program import Program
 from slothc.gradients.vocabulary import (
@@ -18,6 +16,7 @@ from slothc.gradients.vocabulary import (
     row_pass,
     with_gradient,
 )
+from torch import Tensor
 
 from .binding import DTYPE
 from .rowwise import Launcher, launcher

@@ -98,11 +98,15 @@ def _metadata() -> set[Any]:
 
 
 METADATA = _metadata()
+BY_VALUE = {getattr(Tensor, name).__get__ for name in ("grad", "_version", "_backward_hooks")}
+"""Metadata that changes when the real tensor is used."""
 NO_LABEL = -(1 << 40)
 
 
 def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``func(*args, **kwargs)`` where some argument is a ``LazyLogits``."""
+    if func in BY_VALUE and args[0].materialized:
+        return func(args[0].materialize(), *args[1:], **kwargs)
     if func in METADATA:
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
@@ -269,6 +273,7 @@ def _in_chunks(x: LazyLogits) -> bool:
 
 
 def _operands(x: LazyLogits) -> tuple[Tensor, Tensor, Tensor | None]:
+    x.check()
     return x.recipe.hidden, x.recipe.weight, x.recipe.bias
 
 

@@ -26,7 +26,6 @@ from slothc.gradients.vocabulary import Chain
 from slothc.kernels.binding import DTYPE
 from slothc.kernels.vocab_chain import logits as build_logits
 
-
 PRINTED = 4096
 
 
@@ -84,6 +83,7 @@ class LazyLogits(Tensor):
     _origin: _Origin | None
     _real: Tensor | None
     _versions: tuple[int | None, ...]
+    _late: bool
     _real_version: int
 
     @staticmethod
@@ -92,6 +92,7 @@ class LazyLogits(Tensor):
         made = Tensor._make_wrapper_subclass(LazyLogits, recipe.shape, dtype=recipe.dtype, device=recipe.hidden.device)
         made._recipe, made._origin, made._real, made._real_version = recipe, origin, None, 0
         made._versions = tuple(map(_version, recipe.tensors))
+        made._late = origin is not None and not origin.parent.materialized and origin.parent.stale
         return made
 
     @staticmethod
@@ -124,15 +125,21 @@ class LazyLogits(Tensor):
             if origin.view or unchanged:
                 with torch.set_grad_enabled(any(t.requires_grad for t in self._recipe.tensors)):
                     return origin.step(origin.parent._real)
-        if self._stale():
+        self.check()
+        return self._recipe.build()
+
+    @property
+    def stale(self) -> bool:
+        """Whether what the logits are made of has been written to since."""
+        return self._late or tuple(map(_version, self._recipe.tensors)) != self._versions
+
+    def check(self) -> None:
+        """Raises ``StaleLogits`` if unbuilt logits can no longer be what they were."""
+        if self._real is None and self.stale:
             raise StaleLogits(
                 "these logits were not used before the weight or hidden states they are made of were changed in place "
                 "(by an optimizer step?). Use them earlier, or keep outputs.logits.materialize()"
             )
-        return self._recipe.build()
-
-    def _stale(self) -> bool:
-        return tuple(map(_version, self._recipe.tensors)) != self._versions
 
     def _materialize_shared(self) -> Tensor:
         """The real tensor as part of the memory of what it is a view of: for writing."""
@@ -145,7 +152,7 @@ class LazyLogits(Tensor):
         return LazyLogits.of(replace(self._recipe, **changes), _Origin(self, step, view))
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
-        if self._real is not None or (self.numel() <= PRINTED and not self._stale()):
+        if self._real is not None or (self.numel() <= PRINTED and not self.stale):
             return repr(self.materialize())
         grad = f", grad_fn=<{type(self.grad_fn).__name__}>" if self.grad_fn is not None else ""
         return f"LazyLogits(..., size={tuple(self.shape)}, dtype={self.dtype}, device='{self.device}'{grad})"

@@ -26,6 +26,7 @@ CHAINS = {
     "cap in fp32": "{d}; cast fp32; div 5.0 fp32; tanh fp32; mul 5.0 fp32",
 }
 DRAWS = 5
+INTERPRETED = available(torch.device("cpu"))
 
 
 @pytest.fixture(autouse=True)
@@ -71,6 +72,8 @@ def three(seed, dtype, device, text, reduction, smoothing, **shape):
 
 
 def assert_contract(draws, dtype):
+    if dtype == torch.bfloat16 and INTERPRETED and not torch.cuda.is_available():
+        pytest.skip("the Triton interpreter rounds to bfloat16 towards zero")
     for results in zip(*(zip(*d) for d in draws)):
         norm = sum(float(t.double().norm()) ** 2 for _, _, t in results) ** 0.5 or 1.0
         ours, theirs = (sum(float((r[k].double() - r[2]).norm()) ** 2 for r in results) ** 0.5 / norm for k in (0, 1))
@@ -308,16 +311,12 @@ def test_op_agrees_with_the_direct_path(reduction, monkeypatch):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.skipif(not available(torch.device("cpu")), reason="needs TRITON_INTERPRET=1")
-@pytest.mark.parametrize("dtype", TINY, ids=str)
-@pytest.mark.parametrize("name", ["float", "soft-cap"])
-@pytest.mark.parametrize("mode", vocab_rows.MODES)
+@pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, -1.0])
-@pytest.mark.parametrize("vocab", [131, 20011])
-def test_interpreted_kernel_and_pytorch_agree(dtype, name, mode, smoothing, vocab):
-    if vocab > 1000 and (mode != "both" or dtype != torch.bfloat16):
-        pytest.skip("one long row program for each loss is enough")
-    loss = vocab_rows.Loss(CHAINS[name].format(d=NAMES[dtype]), -100, smoothing, "none", torch.float32)
+@pytest.mark.parametrize(("mode", "vocab"), [*((mode, 131) for mode in vocab_rows.MODES), ("both", 20011)])
+def test_interpreted_kernel_and_pytorch_agree(dtype, smoothing, mode, vocab):
+    loss = vocab_rows.Loss(CHAINS["soft-cap"].format(d=NAMES[dtype]), -100, smoothing, "none", torch.float32)
     p = vocab_rows.row_plan(loss, vocab, mode, False)
     g = torch.Generator().manual_seed(0)
     z = (torch.randn(3, vocab, generator=g) * 4).to(dtype)
@@ -326,4 +325,4 @@ def test_interpreted_kernel_and_pytorch_agree(dtype, name, mode, smoothing, voca
     kernel, plain = (launch(p)([t.clone() for t in reads]) for launch in (TritonLauncher, TorchLauncher))
     for a, b, o in zip(kernel, plain, p.program.outputs):
         assert a.dtype == DTYPE[o.dtype]
-        torch.testing.assert_close(a.float(), b.float(), rtol={torch.float32: 1e-5}.get(a.dtype, 1e-2), atol=1e-5)
+        torch.testing.assert_close(a.float(), b.float(), rtol=1e-5 if a.dtype == torch.float32 else 2e-3, atol=1e-6)
