@@ -1,0 +1,57 @@
+"""Set-up for every test: where kernels run, and a cache folder of the session's own.
+
+With a CUDA device the kernels are compiled and run on it. Without one they run in Triton's interpreter, but only where a test asks
+for them (``lowerings``): models take the PyTorch lowering, as they do for a user without a GPU. Triton decides when it is imported
+whether its own library is interpreted, so it is imported here, before anything else does it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+CUDA = torch.cuda.is_available()
+ASKED = os.environ.get("TRITON_INTERPRET")
+
+if not CUDA and importlib.util.find_spec("triton"):
+    os.environ["TRITON_INTERPRET"] = "1"
+    import triton.language
+    import triton.runtime.interpreter  # noqa: F401
+
+    if ASKED is None:
+        del os.environ["TRITON_INTERPRET"]                 # subprocesses and models: as the user has it
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Generated source goes to a folder that starts empty."""
+    path = tmp_path_factory.mktemp("sloth", numbered=True)
+    path.chmod(0o700)
+    before = os.environ.get("SLOTH_CACHE_DIR")
+    os.environ["SLOTH_CACHE_DIR"] = str(path)
+    yield path
+    os.environ.pop("SLOTH_CACHE_DIR")
+    if before is not None:
+        os.environ["SLOTH_CACHE_DIR"] = before
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where tests of kernels run: the GPU if there is one."""
+    return torch.device("cuda" if CUDA else "cpu")
+
+
+@pytest.fixture
+def triton_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Generated kernels are compiled for the GPU, or interpreted where there is none."""
+    pytest.importorskip("triton")
+    if not CUDA:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
