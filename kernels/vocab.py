@@ -84,9 +84,7 @@ def _validate(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tenso
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias {tuple(bias.shape)} does not fit weight {tuple(weight.shape)}: expected [V]")
     if labels is not None and labels.shape != hidden.shape[:-1]:
-        raise ValueError(
-            f"labels are {tuple(labels.shape)}; hidden {tuple(hidden.shape)} needs {tuple(hidden.shape[:-1])}"
-        )
+        raise ValueError(f"labels are {tuple(labels.shape)}; hidden {tuple(hidden.shape)} needs {tuple(hidden.shape[:-1])}")
     if labels is not None and labels.dtype != torch.int64:
         raise ValueError(f"labels must be int64, got {labels.dtype}")
     if loss.compute not in (torch.float32, torch.bfloat16, torch.float16):
@@ -96,7 +94,7 @@ def _validate(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tenso
 def _apply(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor | None, loss: Loss) -> Tensor:
     tensors = (hidden, weight, bias)
     wants = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors)
-    if not all(t is None or _is_plain(t) for t in (*tensors, labels)):
+    if torch.compiler.is_compiling() or not all(t is None or _is_plain(t) for t in (*tensors, labels)):
         return _op(hidden, weight, bias, labels, *_arguments(loss), list(wants))[0]
     if any(wants):
         return _LinearCrossEntropy.apply(hidden, weight, bias, labels, loss)
@@ -154,9 +152,7 @@ def _reduced(losses: Tensor, labels: Tensor | None, bad: Tensor | None, loss: Lo
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor | None, loss: Loss
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor | None, loss: Loss) -> Tensor:
         ctx.loss, ctx.wants = loss, tuple(ctx.needs_input_grad[:3])
         value, factor, grads = _forward(hidden, weight, bias, labels, loss, ctx.wants)
         ctx.dtypes = tuple(None if t is None else t.dtype for t in (hidden, weight, bias))
@@ -174,20 +170,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grads = _scaled(saved, factor * upstream.float(), ctx.dtypes)
         else:
             found = _remade(upstream, factor, *saved, ctx.loss, ctx.wants)
-            grads = tuple(
-                None if g is None else g.to(d) for g, d in zip((found.hidden, found.weight, found.bias), ctx.dtypes)
-            )
+            grads = tuple(None if g is None else g.to(d) for g, d in zip((found.hidden, found.weight, found.bias), ctx.dtypes))
         return (*grads, None, None)
 
 
-def _scaled(
-    saved: Sequence[Tensor | None], by: Tensor, dtypes: Sequence[torch.dtype | None]
-) -> tuple[Tensor | None, ...]:
+def _scaled(saved: Sequence[Tensor | None], by: Tensor, dtypes: Sequence[torch.dtype | None]) -> tuple[Tensor | None, ...]:
     """Each gradient times ``by`` ([] or one number for each row), rounded once to its operand's dtype."""
     by = by.unsqueeze(-1) if by.dim() else by
-    return tuple(
-        None if g is None else torch.mul(g, by, out=torch.empty_like(g, dtype=d)) for g, d in zip(saved, dtypes)
-    )
+    return tuple(None if g is None else torch.mul(g, by, out=torch.empty_like(g, dtype=d)) for g, d in zip(saved, dtypes))
 
 
 def _remade(
@@ -288,9 +278,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     hidden, weight, bias, labels, *rest, wants = inputs
     ctx.loss, ctx.wants = Loss(*rest), tuple(wants)
     ctx.dtypes = tuple(None if t is None else t.dtype for t in (hidden, weight, bias))
-    ctx.save_for_backward(
-        *output[1:], *((hidden, weight, bias, labels) if not _in_forward(ctx.loss, ctx.wants) else ())
-    )
+    ctx.save_for_backward(*output[1:], *((hidden, weight, bias, labels) if not _in_forward(ctx.loss, ctx.wants) else ()))
     ctx.mark_non_differentiable(*output[1:])
 
 

@@ -30,9 +30,7 @@ STEPS: dict[str, Callable[..., Any]] = {
     "clamp": torch.clamp,
 }
 if STEPS.keys() != FUNCTIONS.keys():
-    raise ImportError(
-        f"steps without a PyTorch operation or without a formula: {sorted(STEPS.keys() ^ FUNCTIONS.keys())}"
-    )
+    raise ImportError(f"steps without a PyTorch operation or without a formula: {sorted(STEPS.keys() ^ FUNCTIONS.keys())}")
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 
 import torch
 from slothc.gradients.plan import Pass
@@ -35,7 +35,7 @@ class Loss:
     reduction: str
     dtype: torch.dtype
 
-    @cached_property
+    @property
     def compute(self) -> torch.dtype:
         """The dtype in which the linear gives its logits."""
         return DTYPE[Chain.parse(self.chain).dtype]

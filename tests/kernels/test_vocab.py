@@ -92,9 +92,7 @@ def test_contract(device, dtype, name, reduction):
     assert_contract(draws, dtype)
 
 
-@pytest.mark.parametrize(
-    "shape", [{"n": 1, "bias": False}, {"v": 1}, {"v": 131}, {"n": 16}, {"n": 17}, {"bias": False}, {"d": 1}], ids=str
-)
+@pytest.mark.parametrize("shape", [{"n": 1, "bias": False}, {"v": 1}, {"v": 131}, {"n": 16}, {"n": 17}, {"bias": False}, {"d": 1}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_seams(shape, dtype):
     text = f"{NAMES[dtype]}; cast fp32"
@@ -283,9 +281,7 @@ def test_logsumexp_argmax_and_picked():
     for ours, eager in pairs:
         torch.testing.assert_close(ours, eager)
         upstream = torch.randn_like(eager)
-        grads = (
-            torch.autograd.grad((x * upstream).sum(), (hidden, weight, bias), retain_graph=True) for x in (ours, eager)
-        )
+        grads = (torch.autograd.grad((x * upstream).sum(), (hidden, weight, bias), retain_graph=True) for x in (ours, eager))
         for a, b in zip(*grads):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     assert (linear_argmax(hidden, weight, bias, chain=chain.text) == z.argmax(-1)).all()
@@ -326,3 +322,11 @@ def test_interpreted_kernel_and_pytorch_agree(dtype, smoothing, mode, vocab):
     for a, b, o in zip(kernel, plain, p.program.outputs):
         assert a.dtype == DTYPE[o.dtype]
         torch.testing.assert_close(a.float(), b.float(), rtol=1e-5 if a.dtype == torch.float32 else 2e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_another_compiler_sees_one_op(backend):
+    *ops, labels, upstream = draw(0, torch.float32)
+    function = torch.compile(lambda h, w, b: linear_cross_entropy(h, w, b, labels), backend=backend, fullgraph=True)
+    for a, b in zip(run(function, ops, upstream), run(lambda *o: linear_cross_entropy(*o, labels), ops, upstream)):
+        torch.testing.assert_close(a, b)

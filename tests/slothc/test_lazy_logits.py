@@ -325,3 +325,16 @@ def test_nothing_of_tokens_times_vocabulary_is_made(monkeypatch):
         lazy.detach()[:, :10].float()
         lazy.argmax(-1)
     assert 0 < largest <= V * D < tokens * V and not lazy.materialized
+
+
+def test_what_trainers_do_with_outputs():
+    operations = pytest.importorskip("accelerate.utils.operations")
+    trainer = pytest.importorskip("transformers.trainer_pt_utils")
+    _, lazy, eager = pair(torch.bfloat16)
+    outputs = operations.convert_to_fp32({"logits": lazy})["logits"]
+    kept = trainer.nested_detach((outputs,))[0]
+    kept = operations.send_to_device(operations.gather(operations.pad_across_processes(kept, dim=1)), "cpu")
+    assert isinstance(kept, LazyLogits) and not kept.materialized and kept.dtype == torch.float32
+    assert not kept.requires_grad and outputs.requires_grad
+    both = trainer.nested_numpify(trainer.nested_concat(kept, kept.clone()))
+    assert (both[:B] == eager.detach().float().numpy()).all()
