@@ -15,13 +15,14 @@ class Operand:
     """A tensor that a pass reads or writes: its shape (ints or expressions over size symbols) and storage dtype.
 
     ``order``: its dimensions from the outermost in memory to the innermost; results are allocated that way. ``zero``: a result that the
-    pass fills only in part starts as zeros.
+    pass fills only in part starts as zeros. ``complex``: a complex tensor, read as one of pairs [..., 2].
     """
 
     shape: tuple[Size, ...]
     dtype: str
     order: tuple[int, ...] | None = None
     zero: bool = False
+    complex: bool = False
 
 
 @dataclass(frozen=True)

@@ -52,9 +52,12 @@ def _backward(plan: Plan, reads: Sequence[Tensor]) -> list[Tensor]:
 def call(plan: Plan) -> Callable[..., Any]:
     """The plan as a function of its operands: one tensor, or a tuple where the region has several results."""
     forward, saved = launcher(plan.forward), plan.results
+    pairs = [o.complex for o in plan.forward.reads]
     register(plan)
 
     def run(*operands: Tensor) -> Any:
+        if any(pairs):
+            operands = tuple(torch.view_as_real(t) if c else t for t, c in zip(operands, pairs))
         if torch.compiler.is_compiling() or isinstance(operands[0], torch._subclasses.FakeTensor):
             results = torch.ops.sloth.rowwise(list(operands), plan.key)[:saved]
             return results[0] if saved == 1 else tuple(results)

@@ -22,6 +22,7 @@ from slothc.gradients.geometry import Access, Axis, Form, Size
 from slothc.gradients.program import CONST, Input, Kind, Output, Program, Reduce, Stage, symbol
 from slothc.gradients.reverse import inlined
 
+from .lift_complex import COMPLEX, Pair
 from .lift_forms import NotAffine, Split, extent, part, reshape, same
 from .lift_scalars import SCALAR, number
 from .view import GraphView
@@ -45,6 +46,14 @@ class _Lane(Exception):
     def __init__(self, axis: str | None, size: Size = 0) -> None:
         super().__init__(axis, size)
         self.axis, self.size = axis, size
+
+
+class _Pairs(Exception):
+    """This axis tells real from imaginary parts: it must be unrolled."""
+
+    def __init__(self, axis: str) -> None:
+        super().__init__(axis)
+        self.axis = axis
 
 
 @dataclass
@@ -83,6 +92,12 @@ class Space:
         if not isinstance(total, int) or total > MAX_LANES:
             raise NotAffine(f"the row falls into {total} pieces, more than {MAX_LANES}")
         self.unrolled[axis] = count
+
+    def unroll_pairs(self, axis: str) -> None:
+        """The axis of real and imaginary parts becomes two equations; where it was the lane, the axis before it is."""
+        self._unroll(axis, 2)
+        if axis == self.lane:
+            self.lane = next((a for a in reversed(self.axes) if a not in self.unrolled), "")
 
     @property
     def rows(self) -> list[str]:
@@ -131,6 +146,8 @@ def lift(view: GraphView, region: set[fx.Node], results: Sequence[fx.Node]) -> L
                 space.split(split.axis, split.inner, split.blocked)
             except NotAffine as error:
                 raise CannotLift(attempt.at or results[0], str(error)) from None
+        except _Pairs as pairs:
+            space.unroll_pairs(pairs.axis)
         except _Lane as lane:
             if lane.axis is None:
                 space.axes["lane"] = lane.size
@@ -167,7 +184,7 @@ class _Evaluation:
     def __init__(self, view: GraphView, region: set[fx.Node], space: Space) -> None:
         self.view, self.region, self.space = view, region, space
         self.at: fx.Node | None = None
-        self.memo: dict[tuple[fx.Node, tuple[Form, ...]], sp.Expr] = {}
+        self.memo: dict[tuple[fx.Node, tuple[Form, ...]], Any] = {}
         self.inputs: list[Input] = []
         self.loads: list[Access | None] = []
         self.leaves: list[fx.Node] = []
@@ -216,6 +233,8 @@ class _Evaluation:
 
     def _round(self, expr: sp.Expr, node: fx.Node) -> sp.Expr:
         """The value as the node stores it."""
+        if isinstance(expr, Pair):
+            return expr
         dtype = STORAGE.get(self.view.dtype(node))
         if dtype in ("bf16", "fp16") and not expr.is_number:
             return self._stage(expr, dtype)
@@ -243,6 +262,8 @@ class _Evaluation:
         """An argument of a pointwise node, aligned on the right; dimensions of size 1 are read at 0."""
         if not isinstance(arg, fx.Node):
             return number(arg)
+        if not isinstance(self.view.example(arg), torch.Tensor):
+            raise CannotLift(arg, "a number known only at run time takes part in the arithmetic")
         shape = shape_of(self.view, arg)
         index = index[len(index) - len(shape) :]
         return self.load(arg, tuple(f if s != 1 or self._single(f) else Form() for f, s in zip(index, shape)))
@@ -251,19 +272,24 @@ class _Evaluation:
         """Whether the form is the whole of axes that have size 1 here: such a dimension is an axis, not a broadcast."""
         return bool(form.terms) and all(self.space.axes[a] == 1 for a in form.axes)
 
-    def _leaf(self, node: fx.Node, index: tuple[Form, ...]) -> sp.Expr:
+    def _leaf(self, node: fx.Node, index: tuple[Form, ...]) -> sp.Expr | Pair:
         value = self.view.example(node)
         if not isinstance(value, torch.Tensor):
             raise CannotLift(node, "a number known only at run time takes part in the arithmetic")
-        if value.dtype not in STORAGE:
-            raise CannotLift(node, f"its dtype is {str(value.dtype).removeprefix('torch.')}")
+        if value.dtype == torch.complex64 and not self.view.needs_grad(node):
+            return Pair(*(self._real_leaf(node, (*index, Form.of(k)), torch.float32) for k in range(2)))
+        return self._real_leaf(node, index, value.dtype)
+
+    def _real_leaf(self, node: fx.Node, index: tuple[Form, ...], dtype: torch.dtype) -> sp.Expr:
+        if dtype not in STORAGE:
+            raise CannotLift(node, f"its dtype is {str(dtype).removeprefix('torch.')}")
         tensor = self._operand(node, index)
         access = Access(tensor, index)
         kind = Kind(bool(access.axes - {self.space.lane}), self.space.lane in access.axes)
         stem = {(True, True): "x", (False, True): "w", (True, False): "s", (False, False): "c"}[kind.rows, kind.lanes]
         count = sum(i.name.rstrip("0123456789") == stem for i in self.inputs)
-        grad = self.view.needs_grad(node) and value.dtype.is_floating_point
-        self.inputs.append(Input(f"{stem}{count or ''}", kind, STORAGE[value.dtype], differentiable=grad))
+        grad = self.view.needs_grad(node) and dtype.is_floating_point
+        self.inputs.append(Input(f"{stem}{count or ''}", kind, STORAGE[dtype], differentiable=grad))
         self.loads.append(access)
         return symbol(self.inputs[-1].name)
 
@@ -296,10 +322,31 @@ class _Evaluation:
         fn = op.params["fn"]
         if fn not in SCALAR:
             raise CannotLift(node, f"{fn} has no scalar formula")
-        if not self.view.dtype(node).is_floating_point and fn not in ("gt", "ge", "lt", "le", "eq", "ne", "and", "or", "not"):
+        dtype = self.view.dtype(node)
+        if not (dtype.is_floating_point or dtype.is_complex) and fn not in ("gt", "ge", "lt", "le", "eq", "ne", "and", "or", "not"):
             raise CannotLift(node, "integer arithmetic")
         args = [None if a is None else self._broadcast(a, index) for a in op.args]
+        if any(isinstance(a, Pair) for a in args):
+            if fn not in COMPLEX:
+                raise CannotLift(node, f"{fn} of complex numbers")
+            value = COMPLEX[fn](Pair.of(args[0]), *args[1:])
+            return Pair(self._stage(value.re, None), self._stage(value.im, None))
         return self._round(SCALAR[fn](*args), node)
+
+    def _complex(self, node: fx.Node, op: Any, index: tuple[Form, ...]) -> sp.Expr | Pair:
+        fn, source = op.params["fn"], op.args[0]
+        if fn == "view_as_complex":
+            return Pair(*(self.load(source, (*index, Form.of(k))) for k in range(2)))
+        if fn in ("real", "imag"):
+            value = Pair.of(self.load(source, index))
+            return value.re if fn == "real" else value.im
+        if fn != "view_as_real":
+            raise CannotLift(node, f"{fn} has no scalar formula")
+        part_ = index[-1]
+        if part_.terms:
+            raise Split(part_.terms[0][0], self.space.axes[part_.terms[0][0]]) if len(part_.terms) > 1 else _Pairs(part_.terms[0][0])
+        value = Pair.of(self.load(source, index[:-1]))
+        return value.im if part_.const else value.re
 
     def _cast(self, node: fx.Node, op: Any, index: tuple[Form, ...]) -> sp.Expr:
         if self.view.dtype(node) not in (torch.float32, torch.bfloat16, torch.float16):

@@ -133,7 +133,9 @@ class _Abstract:
         return result, actual, abstract
 
     def _operand(self, node: fx.Node, accesses: Sequence[Access], named: fx.Node) -> Operand:
-        shape = shape_of(self.view, node)
+        value = self.view.value(named)
+        pairs = value.dtype.is_complex
+        shape = (*shape_of(self.view, node), *((2,) if pairs else ()))
         dims: list[Size] = []
         for d, size in enumerate(shape):
             forms = [self._form(a.index[d]) for a in accesses]
@@ -142,11 +144,13 @@ class _Abstract:
                 fit = sp.Symbol(f"m{self.extra}", integer=True, positive=True)
                 self.extra += 1
             dims.append(size if fit is None else int(fit) if sp.sympify(fit).is_Integer else fit)
-        value = self.view.value(named)
         strides, sizes = [_typical(s) for s in value.stride()], [_typical(s) for s in value.shape]
+        if pairs:
+            strides, sizes = [2 * s for s in strides] + [1], [*sizes, 2]
         order = tuple(sorted(range(len(shape)), key=lambda d: (-strides[d] if sizes[d] > 1 else -(10**15), d)))
         order = _settled(order, sizes)
-        return Operand(tuple(dims), STORAGE[value.dtype], None if order == tuple(range(len(shape))) else order)
+        dtype = "fp32" if pairs else STORAGE[value.dtype]
+        return Operand(tuple(dims), dtype, None if order == tuple(range(len(shape))) else order, complex=pairs)
 
 
 def _at_64(size: Size) -> int:

@@ -83,7 +83,7 @@ def _checked(view: GraphView, item: Region | Match, options: Options) -> None:
         return
     if job.key not in _verdicts or options.verify == "always":
         try:
-            check(view, job.nodes, job.inputs, job.results, job.ours)
+            check(view, job.nodes, job.inputs, job.results, job.ours, job.resizable)
             _verdicts[job.key] = None
         except VerificationFailed as error:
             _verdicts[job.key] = str(error)
@@ -103,6 +103,7 @@ class _Job:
     inputs: list[fx.Node]
     results: tuple[fx.Node, ...]
     ours: Callable[..., Any]
+    resizable: bool = True
 
 
 def _region_job(view: GraphView, region: Region) -> _Job:
@@ -137,7 +138,7 @@ def _match_job(view: GraphView, match: Match) -> _Job | None:
     key = f"{match.rule} {text} {static} {numbers} {len(nodes)} {value.device}"
     if missing:
         return None
-    return _Job(key, value.device, list(nodes), inputs, (match.node,), ours)
+    return _Job(key, value.device, list(nodes), inputs, (match.node,), ours, match.rule != "attention")
 
 
 def _between(node: fx.Node, leaves: set[fx.Node]) -> set[fx.Node]:

@@ -64,6 +64,8 @@ class _Double(fx.Interpreter):
     def _wide(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor) and value.dtype in self.NARROW:
             return value.double()
+        if isinstance(value, torch.Tensor) and value.dtype == torch.complex64:
+            return value.to(torch.complex128)
         if isinstance(value, torch.dtype) and value in self.NARROW:
             return torch.float64
         return value
