@@ -39,7 +39,7 @@ def render(expr: sp.Expr, dialect: Mapping[str, str]) -> str:
     """The expression as source text; symbols keep their names. Raises ``Unprintable``."""
     if expr.is_Symbol:
         return expr.name
-    if expr.is_Number or expr.is_NumberSymbol:
+    if expr.is_number:                                                     # sqrt(2/pi) too: a constant, not an operation on one
         return _number(expr)
     if expr.is_Add:
         return "(" + " + ".join(render(a, dialect) for a in expr.as_ordered_terms()).replace("+ -", "- ") + ")"
