@@ -133,7 +133,8 @@ class _Kernel:
     def _load(self, i: Input) -> str:
         access = self.p.loads[self.program.inputs.index(i)]
         assert access is not None
-        masks = [m for m, on in (("row_ok", i.kind.rows), ("lane_ok", i.kind.lanes)) if on]
+        rows = any(f"s_{i.name}_{g}" in self.names for g in range(len(self.groups)))  # not where its row axes all have size 1 here
+        masks = [m for m, on in (("row_ok", rows), ("lane_ok", i.kind.lanes)) if on]
         guard = f", mask={' & '.join(masks)}, other=0" if masks else ""
         return f"{i.name} = tl.load({self._address(f'in{access.tensor}', i.name)}{guard}).to(tl.float32)"
 
