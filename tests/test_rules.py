@@ -37,7 +37,7 @@ def drawn(sample: Sample, dtype: torch.dtype) -> list[Any]:
 
 @functools.cache
 def lifted(sample: Sample, dtype: torch.dtype) -> Case:
-    return case(sample.function, drawn(sample, dtype), dtype)
+    return case(sample.function, drawn(sample, dtype))
 
 
 def test_every_rule_has_samples() -> None:
