@@ -36,7 +36,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     systems.add_model_arguments(parser)
     parser.set_defaults(batch=2, seq=512)
-    parser.add_argument("--tiny", action="store_true", help="a four-layer model, 2 x 64 tokens, on the CPU")
+    parser.add_argument("--tiny", action="store_true", help="a two-layer model, 2 x 64 tokens, on the CPU")
     parser.add_argument("--runs", default=DEFAULT, help=f"separated by ';', of: {'; '.join(RUNS)}")
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--rate", type=float, default=1e-4)

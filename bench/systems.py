@@ -65,7 +65,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
             "vocab_size": 1024,
             "hidden_size": 256,
             "intermediate_size": 512,
-            "num_hidden_layers": 4,
+            "num_hidden_layers": 2,
             "initializer_range": 0.1,  # outputs near 1, as in a wide model: what lora_curve.py shows depends on it
             "num_attention_heads": 4,
             "num_key_value_heads": 2,

@@ -53,7 +53,7 @@ def test_lora_learns_as_in_fp32(tmp_path: Path) -> None:
     results = json.loads((tmp_path / "lora-curve-tiny.json").read_text())["results"]
     truth = results["fp32"]["losses"]
     distance = {name: max(abs(a - b) for a, b in zip(r["losses"], truth)) for name, r in results.items()}
-    assert distance["eager"] > 0.05 and distance["eager, fp32 adapters"] > 0.05
+    assert distance["eager"] > 0.03 and distance["eager, fp32 adapters"] > 0.03
     assert distance["sloth"] < 0.015 and distance["sloth, fp32 adapters"] < 0.015
 
 
