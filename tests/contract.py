@@ -12,13 +12,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from slothc.capture import captured
-from slothc.found import Region, find
 from slothc.gradients.plan import Plan
 from slothc.kernels import rowwise
+from torch import Tensor
+
+from slothc.capture import captured
+from slothc.found import Region, find
 from slothc.options import Options
 from slothc.view import GraphView
-from torch import Tensor
 
 SLACK = 1.10
 TINY = {torch.float32: 1e-6, torch.bfloat16: 1e-4, torch.float16: 1e-4}

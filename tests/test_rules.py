@@ -13,15 +13,16 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import slothc  # noqa: F401
 import torch
 from contract import DRAWS, DTYPES, Case, Errors, case, cast, compare, hold, run
-from slothc.catalogue import rules
-from slothc.errors import RegionDropped
-from slothc.explain import explain
 from slothc.gradients.verify import witness
 from slothc.patterns.rule import RowRule, Sample
 from torch import Tensor
+
+import slothc  # noqa: F401
+from slothc.catalogue import rules
+from slothc.errors import RegionDropped
+from slothc.explain import explain
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LOWERINGS = ("torch", "triton") if DEVICE == "cuda" else ("torch",)       # test_rowwise.py has the interpreter

@@ -1,0 +1,78 @@
+"""Compiles the kernels of representative plans for one GPU target, on a machine that needs no GPU: ``compile_for.py cuda 90 32``.
+
+Prints one JSON line for each kernel: name, whether it compiled, bytes of shared memory, and the error's text.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+
+import torch
+import triton
+from contract import case
+from forms import FORMS
+from slothc.gradients.plan import Pass
+from slothc.kernels import cache, triton_source
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+POINTER = {"fp32": "*fp32", "bf16": "*bf16", "fp16": "*fp16", "i64": "*i64", "i32": "*i32", "bool": "*i1"}
+LOOPS = ("rms_norm", "add_norm", "layer_norm", "softmax", "largest", "chained", "total")
+SHORT = ("scalars", "rope of learned angles", "by_sequence")              # some operands have row axes of size 1 only
+
+
+def plans() -> Iterator[tuple[str, Pass, triton_source.Groups, bool]]:
+    """(name, pass, merged row axes, loop kernel?) for every kernel."""
+    for f in FORMS:
+        c = case(f.function, f.draw(torch.bfloat16), f.fixed)
+        for label, p in zip(("forward", "backward"), c.passes()):
+            apart = tuple((a,) for a in range(len(p.axes)))
+            yield f"{f.name} {label}", p, apart, False
+            if f.name in SHORT:
+                yield f"{f.name} {label}, one row axis", p, apart[:1], False
+            if f.name in LOOPS:
+                yield f"{f.name} {label}, long rows", p, (sum(apart, ()),), True
+
+
+def signature(p: Pass, kernel: Any) -> dict[str, str]:
+    """The type of each argument of the kernel."""
+    types = {f"in{t}": POINTER[o.dtype] for t, o in enumerate(p.reads)} | {f"out{t}": POINTER[o.dtype] for t, o in enumerate(p.writes)}
+    found = {}
+    for name in kernel.arg_names:
+        if name in ("BLOCK_R", "BLOCK_L", "WIDE"):
+            found[name] = "constexpr"
+        elif name.startswith(("sum_", "part_")):
+            found[name] = "*fp32"
+        else:
+            found[name] = types.get(name, "i32")
+    return found
+
+
+def compiled(name: str, p: Pass, groups: triton_source.Groups, loop: bool, target: GPUTarget) -> dict[str, Any]:
+    kernel = cache.load("compile_for", triton_source.source(p, groups, loop)).kernel
+    types = signature(p, kernel)
+    values = {"BLOCK_R": 1 if loop else 2, "BLOCK_L": 1024 if loop else 64, "WIDE": "layer_norm" in name}
+    constants = {(k,): values[n] for k, n in enumerate(kernel.arg_names) if n in values}
+    try:
+        made = triton.compile(ASTSource(fn=kernel, signature=types, constexprs=constants), target=target, options={"num_warps": 4})
+    except Exception as error:
+        return {"name": name, "ok": False, "error": f"{type(error).__name__}: {error}"[-2000:]}
+    binary = "hsaco" if target.backend == "hip" else "cubin"
+    return {"name": name, "ok": binary in made.asm, "shared": made.metadata.shared}
+
+
+def main(backend: str, arch: str, warp: str) -> None:
+    torch.set_num_threads(1)
+    target = GPUTarget(backend, int(arch) if arch.isdigit() else arch, int(warp))
+    for name, p, groups, loop in plans():
+        print(json.dumps(compiled(name, p, groups, loop, target)), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
