@@ -37,7 +37,8 @@ def load(device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
         tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
         model = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=dtype)
     model.config.use_cache = False
-    return model.to(device), tokenizer
+    moved: Any = model
+    return moved.to(device), tokenizer
 
 
 def adapted(model: Any) -> Any:

@@ -149,8 +149,8 @@ def _layers(values: dict[str, Any]) -> dict[str, Any]:
     """One layer of every kind that the model has, two layers at least, and each list of kinds that long."""
     kinds = {name: list(dict.fromkeys(values[name])) for name in _KINDS if _is_kinds(values.get(name))}
     count = max([LAYERS, *map(len, kinds.values())])
-    depth = {n: count for n in ("num_hidden_layers", "n_layer", "n_layers", "num_layers") if kinds and n in values}
-    lists = {name: [found[i * len(found) // count] for i in range(count)] for name, found in kinds.items()}
+    depth: dict[str, Any] = {n: count for n in ("num_hidden_layers", "n_layer", "n_layers", "num_layers") if kinds and n in values}
+    lists: dict[str, Any] = {name: [found[i * len(found) // count] for i in range(count)] for name, found in kinds.items()}
     if isinstance(values.get("per_layer_config"), dict):
         lists["per_layer_config"] = {}
     if isinstance(values.get("num_attention_heads_per_layer"), (list, tuple)):
