@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import warnings
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -41,7 +40,6 @@ def explain(target: str, size: str, batch: int, seq: int | None, peft: str | Non
     """
     import slothc
 
-    inputs: dict[str, Any]
     model, inputs = cli_target.build(target, size=size, batch=batch, seq=seq, peft=peft, dtype=dtype)
     report = slothc.explain(model, **inputs)
     click.echo(str(report))

@@ -32,7 +32,7 @@ def load_config(target: str) -> PreTrainedConfig:
 
 
 def build(target: str, *, size: str, batch: int, seq: int | None, peft: str | None, dtype: str,
-          ) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+          ) -> tuple[torch.nn.Module, dict[str, Any]]:
     """(model in train mode, keyword arguments of one step with labels) for what was typed.
 
     ``tiny`` is on the CPU with seeded random weights. ``full`` is on the meta device: shapes only, no memory.
