@@ -1,0 +1,144 @@
+"""Acceptance 4: what ``explain`` counts, and that it computes nothing."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import tiny_models as tm
+import torch
+from slothc.statistics import counts
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import slothc
+
+LLAMA = {"rms_norm": 5, "rope": 4, "gated_mlp": 2, "lora_linear": 14, "cross_entropy": 1, "attention": 2}
+
+
+def test_4_counts_of_a_two_layer_lora_llama() -> None:
+    report = slothc.explain(tm.model("llama", lora=True), **tm.batch())
+    assert report.counts == LLAMA
+    assert report.coverage >= 0.95
+    assert (report.graphs, report.breaks) == (1, {})
+
+
+def test_4_counts_of_a_two_layer_qwen3() -> None:
+    report = slothc.explain(tm.model("qwen3"), **tm.batch())
+    assert report.counts == {"rms_norm": 9, "rope": 4, "gated_mlp": 2, "cross_entropy": 1, "attention": 2}
+    assert report.coverage >= 0.95
+
+
+def _large() -> nn.Module:
+    """Four of the thirty-two layers of a Llama-3.1-8B, on the meta device."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=4, num_attention_heads=32, num_key_value_heads=8,
+        max_position_embeddings=131072, rope_parameters={"rope_type": "default", "rope_theta": 500000.0}, use_cache=False,
+    )  # fmt: skip
+    with torch.device("meta"):
+        return LlamaForCausalLM(config).to(torch.bfloat16).train()
+
+
+def test_4_explain_works_on_the_meta_device() -> None:
+    inputs = {"input_ids": torch.zeros(2, 2048, dtype=torch.int64, device="meta"), "labels": torch.zeros(2, 2048, dtype=torch.int64, device="meta")}
+    checked = counts["checked"]
+    report = slothc.explain(_large(), **inputs)
+    assert report.counts == {"rms_norm": 9, "rope": 8, "gated_mlp": 4, "cross_entropy": 1, "attention": 4}
+    assert report.coverage >= 0.95
+    assert counts["checked"] == checked
+
+
+class Products(TorchDispatchMode):
+    """Records matrix products, attention and look-ups that give real tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        if any(word in str(func) for word in ("mm", "attention", "embedding")):
+            real = [t for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, torch.Tensor) and type(t) is torch.Tensor]
+            self.seen += [str(func) for t in real if t.device.type != "meta"]
+        return result
+
+
+def test_4_explain_computes_nothing_and_changes_nothing() -> None:
+    owner, inputs = tm.model("llama", lora=True), tm.batch()
+    before = {n: p.clone() for n, p in owner.state_dict().items()}
+    torch.manual_seed(5)
+    with Products() as products:
+        slothc.explain(owner, **inputs)
+    drawn = torch.rand(3)
+    torch.manual_seed(5)
+    assert torch.equal(drawn, torch.rand(3))
+    assert products.seen == []
+    assert all(torch.equal(p, before[n]) for n, p in owner.state_dict().items())
+    assert all(p.grad is None for p in owner.parameters())
+    plain = tm.step(owner, **inputs)  # the model itself still runs as it was
+    assert plain.loss.isfinite()
+
+
+def test_explain_leaves_a_later_compilation_alone() -> None:
+    owner, inputs = tm.model("llama"), tm.batch()
+    slothc.explain(owner, **inputs)
+    with tm.watched() as graphs:
+        ours = tm.step(owner, torch.compile(owner, backend="sloth"), **inputs)
+    assert tm.counted(graphs)["rms_norm"] == 5
+    assert tm.distance(ours, tm.step(owner, **inputs)) < 1e-5
+
+
+def test_explain_of_a_model_without_labels() -> None:
+    report = slothc.explain(tm.model("llama"), tm.batch()["input_ids"])
+    assert "cross_entropy" not in report.counts
+    assert report.counts["rms_norm"] == 5
+
+
+def test_explain_honours_disable() -> None:
+    report = slothc.explain(tm.model("llama"), sloth_options={"disable": ["rope"]}, **tm.batch())
+    assert "rope" not in report.counts
+    assert report.counts["rms_norm"] == 5
+
+
+def test_a_report_is_a_table_and_writes_json_and_html(tmp_path: Path) -> None:
+    report = slothc.explain(tm.model("gpt_oss"), **tm.batch())
+    text = str(report)
+    for name, number in report.counts.items():
+        assert any(line.split() == [name, str(number)] for line in text.splitlines())
+    assert all(m.reason and m.location and m.rule for m in report.misses)
+    assert "modeling_gpt_oss.py" in text
+    report.to_json(tmp_path / "report.json")
+    read = json.loads((tmp_path / "report.json").read_text())
+    assert read["counts"] == report.counts and read["coverage"] == report.coverage
+    report.to_html(tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert page.startswith("<!doctype html>") and "rms_norm" in page
+
+
+def test_a_graph_break_is_reported() -> None:
+    class Breaking(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.RMSNorm(16)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.norm(x)
+            torch._dynamo.graph_break()
+            return self.norm(y)
+
+    report = slothc.explain(Breaking(), torch.randn(2, 16))
+    assert report.graphs == 2 and sum(report.breaks.values()) == 1
+    assert report.counts == {"rms_norm": 2}
+
+
+@pytest.mark.parametrize("seed", [0])
+def test_explain_leaves_python_randomness_alone(seed: int) -> None:
+    random.seed(seed)
+    expected = random.random()
+    random.seed(seed)
+    slothc.explain(tm.model("llama"), **tm.batch())
+    assert random.random() == expected
