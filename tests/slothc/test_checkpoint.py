@@ -1,0 +1,114 @@
+"""Gradient checkpointing: child graphs of ``tag_activation_checkpoint`` are rewritten too, and dropout masks are the forward's."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import tiny_models as tm
+import torch
+from slothc.errors import RegionDropped
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+def checkpointed(name: str, lora: bool = False, dropout: float = 0.0, **config: Any) -> nn.Module:
+    owner = tm.model(name, **config)
+    owner.gradient_checkpointing_enable({"use_reentrant": False})
+    if lora:
+        owner = tm.adapted(owner, dropout=dropout)
+        owner.enable_input_require_grads()
+    return owner
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3_text"])
+def test_counts_inside_children_and_gradients(name: str, lora: bool) -> None:
+    owner, inputs = checkpointed(name, lora), tm.batch()
+    plain = tm.model(name, lora=lora)
+    with tm.watched() as expected:
+        tm.step(plain, torch.compile(plain, backend="sloth"), **inputs)
+    torch._dynamo.reset()
+    with tm.watched() as graphs, warnings.catch_warnings():
+        warnings.simplefilter("error", RegionDropped)
+        ours = tm.step(owner, torch.compile(owner, backend="sloth"), **inputs)
+    assert tm.counted(graphs) == tm.counted(expected)
+    assert any(r.children for r in graphs)
+    assert tm.distance(ours, tm.step(owner, **inputs)) < 1e-5
+
+
+@pytest.mark.parametrize("attention, adapters", [(0.0, 0.3), (0.2, 0.0), (0.2, 0.3)])
+def test_recomputed_masks_are_the_forwards(attention: float, adapters: float) -> None:
+    """A gradient is the derivative of the very loss that came back: checked by a difference along a direction."""
+    owner = checkpointed("llama", lora=True, dropout=adapters, attention_dropout=attention).double()
+    inputs = tm.batch()
+    compiled = torch.compile(owner, backend="sloth")
+
+    def loss() -> Tensor:
+        torch.manual_seed(11)
+        return compiled(**inputs).loss
+
+    trained = [p for p in owner.parameters() if p.requires_grad]
+    first = loss()
+    gradients = torch.autograd.grad(first, trained)
+    assert float(loss()) == float(first)
+    torch.manual_seed(1)
+    directions = [torch.randn_like(p) for p in trained]
+    h = 1e-3
+    ends = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            for p, d in zip(trained, directions):
+                p.add_(sign * h * d)
+        ends.append(float(loss()))
+        with torch.no_grad():
+            for p, d in zip(trained, directions):
+                p.sub_(sign * h * d)
+    slope = float(sum((g * d).sum() for g, d in zip(gradients, directions)))
+    assert slope == pytest.approx((ends[0] - ends[1]) / (2 * h), rel=1e-3)
+
+
+@pytest.mark.parametrize("attention, adapters", [(0.0, 0.0), (0.0, 0.3), (0.2, 0.3)])
+def test_dropout_draws_as_a_backend_that_does_nothing(attention: float, adapters: float) -> None:
+    inputs, found = tm.batch(), []
+    for backend in ("sloth", "eager"):
+        torch._dynamo.reset()
+        owner = checkpointed("llama", lora=True, dropout=adapters, attention_dropout=attention)
+        compiled = torch.compile(owner, backend=backend)
+        tm.step(owner, compiled, **inputs)
+        torch.manual_seed(7)
+        found.append(tm.step(owner, compiled, **inputs))
+    assert torch.allclose(found[0].loss, found[1].loss, rtol=1e-5)
+
+
+def test_a_plain_checkpoint_with_dropout_between_norms() -> None:
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.norm, self.linear, self.out = nn.RMSNorm(32), nn.Linear(32, 32), nn.RMSNorm(32)
+
+        def body(self, x: Tensor) -> Tensor:
+            return self.out(x + torch.nn.functional.dropout(self.linear(self.norm(x)), 0.5, self.training))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.body, x, use_reentrant=False)
+
+    layer = Layer()
+    x = torch.randn(4, 32)
+    compiled = torch.compile(layer, backend="sloth")
+    with tm.watched() as graphs:
+        compiled(x)
+    assert tm.counted(graphs)["rms_norm"] == 2
+
+    def step(f: Any) -> list[Tensor]:
+        torch.manual_seed(3)
+        y = x.clone().requires_grad_()
+        z = f(y)
+        return [z.detach(), *torch.autograd.grad(z.square().sum() + z.sum(), [y, *layer.parameters()])]
+
+    ours = step(compiled)
+    kept = step(lambda v: compiled.body(v))  # the same draws without a checkpoint
+    for a, b in zip(ours, kept):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,97 @@
+"""``options={...}``: each value does what it says, and every one of them gives eager's numbers."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+import pytest
+import tiny_models as tm
+import torch
+import torch.nn.functional as F
+from slothc import catalogue
+from slothc.options import Options
+from slothc.statistics import counts
+from torch import nn
+
+import slothc
+
+
+def run(options: dict[str, Any] | None, lora: bool = True) -> tuple[dict[str, int], float]:
+    """Counts of what was used in one step, and how far its gradients are from eager's."""
+    torch._dynamo.reset()
+    owner, inputs = tm.model("llama", lora=lora), tm.batch()
+    with tm.watched() as graphs:
+        ours = tm.step(owner, torch.compile(owner, backend="sloth", options=options), **inputs)
+    return dict(tm.counted(graphs)), tm.distance(ours, tm.step(owner, **inputs))
+
+
+@pytest.mark.parametrize("name", [*catalogue.names()])
+def test_a_disabled_rule_is_not_used(name: str) -> None:
+    everything, _ = run(None)
+    found, distance = run({"disable": [name]})
+    assert name not in found
+    assert distance < 1e-5
+    others = {k: v for k, v in everything.items() if k not in (name, "rowwise")}
+    assert {k: v for k, v in found.items() if k in others} == others
+
+
+def test_disable_takes_one_name_or_several() -> None:
+    assert Options.of({"disable": "rope"}).disable == {"rope"}
+    assert Options.of({"disable": ("rope", "rms_norm")}).disable == {"rope", "rms_norm"}
+
+
+def test_everything_disabled_is_eager() -> None:
+    found, distance = run({"disable": list(catalogue.names())})
+    assert found == {} and distance == 0.0
+
+
+def test_verify() -> None:
+    run(None)
+    before = counts["checked"]
+    assert run({"verify": "first"})[1] < 1e-5
+    assert counts["checked"] == before
+    assert run({"verify": "off"})[1] < 1e-5
+    assert counts["checked"] == before
+    assert run({"verify": "always"})[1] < 1e-5
+    assert counts["checked"] > before
+
+
+def test_options_may_come_as_keywords_of_the_backend() -> None:
+    owner, inputs = tm.model("llama"), tm.batch()
+    compiled = torch.compile(owner, backend=lambda m, i: slothc.sloth(m, i, disable="rope"))
+    with tm.watched() as graphs:
+        tm.step(owner, compiled, **inputs)
+    assert "rope" not in tm.counted(graphs)
+
+
+class Block(nn.Module):
+    """A norm, two linears and an activation with a residual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.up, self.down = nn.RMSNorm(32), nn.Linear(32, 64), nn.Linear(64, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(F.gelu(self.up(self.norm(x))))
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="Inductor's CPU code needs a C++ compiler")
+def test_the_rest_with_inductor() -> None:
+    block, x = Block(), torch.randn(3, 5, 32)
+
+    def step(f: Any) -> list[torch.Tensor]:
+        y = x.clone().requires_grad_()
+        z = f(y)
+        return [z.detach(), *torch.autograd.grad(z.square().sum(), [y, *block.parameters()])]
+
+    for _ in range(2):
+        ours = step(torch.compile(block, backend="sloth", options={"rest": "inductor"}))
+        for a, b in zip(ours, step(block)):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_the_backend_is_found_by_name() -> None:
+    assert "sloth" in torch._dynamo.list_backends()
+    assert torch._dynamo.lookup_backend("sloth") is slothc.sloth
