@@ -35,7 +35,7 @@ def draw(program: Program, dice: random.Random, low: float = 0.3, high: float = 
 def value(program: Program, point: Mapping[str, Any]) -> dict[str, list[Any]]:
     """Every output's row (a list with one element where it has no lanes)."""
     found = evaluate(program, point, rows=1, lanes=LANES, digits=DIGITS)
-    kinds = {o.name: program.kinds[o.value] for o in program.outputs}
+    kinds = {o.name: program.out_kind(o) for o in program.outputs}
     return {n: _row(v, kinds[n].rows, kinds[n].lanes) for n, v in found.items()}
 
 

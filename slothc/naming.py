@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from slothc.patterns.rule import RowRule
 from torch import fx
 
 from .catalogue import ROW
-from .lift import CannotLift, lift
+from .lift import CannotLift, Lifted, lift
 from .regions import ARITHMETIC, Cone
 from .view import GraphView
 
@@ -79,4 +80,11 @@ def _identify(view: GraphView, inside: set[fx.Node], sink: fx.Node) -> str | Non
         lifted = lift(view, inside, [sink])
     except CannotLift:
         return None
-    return next((r.name for r in ROW if r.identify(lifted.program, lifted.loads)), None)
+    return next((r.name for r in ROW if _computes(r, lifted)), None)
+
+
+def _computes(rule: RowRule, lifted: Lifted) -> bool:
+    try:
+        return rule.identify(lifted.program, lifted.loads)
+    except (ArithmeticError, ValueError, TypeError):                       # it has no real value at a point where the rule's formula has one
+        return False
