@@ -27,12 +27,17 @@ from .view import GraphView
 
 def plan(view: GraphView, lifted: Lifted) -> Plan:
     """The plan of a lifted region. Raises ``CannotLift`` where a gradient or a size has no formula."""
-    forward = _Abstract(view, lifted).run()
-    hidden = _hidden_sizes(forward)
-    if hidden:                                                             # no operand's shape tells these sizes: they stay numbers
-        forward = _Abstract(view, lifted, hidden).run()
-        if _hidden_sizes(forward):
-            raise CannotLift(lifted.results[0], "a size that no operand's shape gives")
+    literal: frozenset[str] = frozenset()
+    for _ in range(3):
+        made = _symbolic(lifted, _Abstract(view, lifted, literal).run())
+        hidden = _hidden_sizes(made.forward) | (_hidden_sizes(made.backward) if made.backward else frozenset())
+        if not hidden:
+            return made
+        literal |= hidden                                                  # no operand's shape tells these sizes: they stay numbers
+    raise CannotLift(lifted.results[0], "a size that no operand's shape gives")
+
+
+def _symbolic(lifted: Lifted, forward: Pass) -> Plan:
     wrt = _wrt(forward)
     if not wrt:
         return Plan(forward, None, len(lifted.results), (), ())
