@@ -120,9 +120,11 @@ def fold_rows(part: Tensor, place: Placement) -> Tensor:
     return part.sum(over) if over else part
 
 
-def put(target: Tensor, place: Placement, total: Tensor) -> None:
-    """Write a sum over rows, [kept row axes..., lanes], to its places in ``target``."""
+def put(target: Tensor, place: Placement, total: Tensor, lanes: int) -> None:
+    """Write a sum over rows, [kept row axes..., lanes or 1], to its places in ``target``; one value may go to every lane."""
     strides = [s for s in place.rows if s != 0] if total.dim() > 1 else []
+    if place.lane and total.shape[-1] == 1:
+        total = total.expand(*total.shape[:-1], lanes)
     target.as_strided(total.shape, (*strides, place.lane), target.storage_offset() + place.offset).copy_(total)
 
 

@@ -103,7 +103,7 @@ class TorchLauncher:
             for k, place in enumerate(bound.stores):
                 if program.outputs[k].over_rows:
                     part = outputs[k]
-                    put(writes[place.tensor], place, totals[k] if part is None else fold_rows(part, place))
+                    put(writes[place.tensor], place, totals[k] if part is None else fold_rows(part, place), bound.lanes)
 
         return launch
 

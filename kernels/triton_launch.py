@@ -126,7 +126,7 @@ class TritonLauncher:
             partial = [make((*(bound.shape if fold else (shape.partials,)), w), dtype=torch.float32, device=device) for fold, w, _ in totals]
             kernel[shape.grid](*(reads[i] for i in ins), *(writes[i] for i in outs), *partial, *integers, **constants)
             for (fold, _, place), part in zip(totals, partial):
-                put(writes[place.tensor], place, fold_rows(part, place) if fold else part.sum(0))
+                put(writes[place.tensor], place, fold_rows(part, place) if fold else part.sum(0), bound.lanes)
 
         return launch
 

@@ -151,7 +151,10 @@ class _Kernel:
         kind = self.program.out_kind(out)
         masks = [m for m, on in (("row_ok", kind.rows), ("lane_ok", kind.lanes)) if on]
         mask = f", mask={' & '.join(masks)}" if masks else ""
-        return f"tl.store({self._address(f'out{access.tensor}', label)}, {out.value}{mask})"
+        address = self._address(f"out{access.tensor}", label)
+        if not masks:                                                     # one element: the value may be a block of one
+            address += " + tl.zeros((1, 1), tl.int32)"
+        return f"tl.store({address}, {out.value}{mask})"
 
     def _store_part(self, out: Output) -> str:
         """A row of what is summed over some of the row axes afterwards, [rows, lanes] in fp32."""
