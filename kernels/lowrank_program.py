@@ -12,6 +12,7 @@ import torch
 from slothc.gradients.matrix import Factor, MatrixPlan, Step, lora_plan
 from slothc.gradients.matrix import Term as PlanTerm
 
+from .joined import joined
 from .products import Matrix, product, rounded, total
 
 OPERANDS = ("X", "Xa", "W", "b", "A", "B")  # the order of the tensor arguments
@@ -115,7 +116,7 @@ def straight(layout: str, shared: bool, wanted: tuple[str, ...], wide: bool) -> 
         _function("forward", [*operands, "s"], plan, plan.forward, ["Y", *form.saved], wide)
         + _function("backward", ["G", *operands, *form.saved, "s"], plan, plan.backward_for(wanted), grads, wide)
     )
-    space: dict[str, Any] = {"mm": torch.mm, "rounded": rounded, "float32": torch.float32}
+    space: dict[str, Any] = {"mm": torch.mm, "joined": joined, "rounded": rounded, "float32": torch.float32}
     exec(compile(source, f"<lora_linear {layout} {' '.join(wanted)}>", "exec"), space)
     return Straight(space["forward"], space["backward"], form.reads, source)
 
@@ -130,8 +131,11 @@ def _function(
 
 
 def _lines(plan: MatrixPlan, step: Step, wide: bool) -> list[str]:
-    """The first term makes the value, every further one accumulates onto it in the GEMM."""
+    """The first term makes the value; a second one, the larger, is summed with it in one accumulator."""
     first, *rest = step.terms
+    if len(rest) == 1 and rest[0].coefficient == 1:
+        factors = ", ".join(map(_spell, _pair(first)))
+        return [f"{step.name} = joined({factors}, {sp.pycode(first.coefficient)}, {', '.join(map(_spell, _pair(rest[0])))})"]
     (a, b), c = _pair(first), sp.pycode(first.coefficient)
     left, right = _spell(a), _spell(b)
     made = f"{step.name} = mm({left}, {right})"

@@ -2,8 +2,8 @@
 once.
 
 Operands are fp32 or fp64, or a low dtype (bf16, fp16), mixed freely. A GEMM that accumulates onto a low-precision
-tensor adds that tensor in fp32 and rounds the sum (cuBLAS epilogues, oneDNN post-ops), so ``y += a b`` costs one
-rounding of y, not two. An fp32 operand next to bf16 ones is split, v = hi + lo with hi = bf16(v) and lo = bf16(v -
+tensor adds that tensor in fp32 and rounds the sum on some devices (oneDNN post-ops) and rounds twice on others
+(cuBLAS on Hopper): ``joined`` knows which and keeps to one rounding. An fp32 operand next to bf16 ones is split, v = hi + lo with hi = bf16(v) and lo = bf16(v -
 hi), which keeps 16 of its 24 bits: the GEMM stays in bf16 (|v - hi - lo| <= 2^-17 |v|), with fp32 sums.
 """
 
@@ -16,6 +16,8 @@ from functools import cache
 from typing import Any
 
 import torch
+
+from .joined import joined, rounds_once
 
 LOW = (torch.bfloat16, torch.float16)
 ALIGN = 64  # columns; a GEMM's inner size in whole tiles
@@ -146,7 +148,10 @@ def _rounds(terms: Sequence[Term], rest: Sequence[Term], dtype: torch.dtype) -> 
 
 def _strict(terms: Sequence[Term], dtype: torch.dtype) -> torch.Tensor:
     """One rounding of the whole sum: one GEMM over joined factors, or an fp32 sum, whichever moves fewer bytes."""
-    *_, (alpha, a, b) = terms
+    *small, (alpha, a, b) = terms
+    if alpha == 1 and a.is_cuda and a.dtype == b.dtype == dtype and not rounds_once(a.device, dtype):
+        low = [p for t in small for p in _pairs(*t, dtype)]
+        return joined(_cat([l for l, _ in low], 1), _cat([r for _, r in low], 0), 1.0, a, b)
     m, k, n = a.shape[0], a.shape[1], b.shape[1]
     joins = dtype is torch.bfloat16 and native(a.device.type, dtype) and alpha == 1 and a.dtype == b.dtype == dtype
     # joined: both factors are read and written; fp32 sum: 4 bytes written, read, written and read, then rounded
