@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from .checkpointing import keep_random_states
 from .errors import RegionDropped
 from .options import Options
 from .rewrite import rewrite
@@ -32,6 +33,7 @@ def sloth(module: fx.GraphModule, example_inputs: Sequence[Any], *, options: Map
         from torch._inductor.compile_fx import compile_fx
 
         return compile_fx(module, list(example_inputs))
+    keep_random_states(module)
     return module.forward
 
 

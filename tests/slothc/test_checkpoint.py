@@ -66,7 +66,7 @@ def test_recomputed_masks_are_the_forwards(attention: float, adapters: float) ->
             for p, d in zip(trained, directions):
                 p.sub_(sign * h * d)
     slope = float(sum((g * d).sum() for g, d in zip(gradients, directions)))
-    assert slope == pytest.approx((ends[0] - ends[1]) / (2 * h), rel=1e-3)
+    assert slope == pytest.approx((ends[0] - ends[1]) / (2 * h), abs=2e-3)  # the loss is rounded to fp32: 5e-7 / h
 
 
 @pytest.mark.parametrize("attention, adapters", [(0.0, 0.0), (0.0, 0.3), (0.2, 0.3)])

@@ -94,4 +94,8 @@ def test_the_rest_with_inductor() -> None:
 
 def test_the_backend_is_found_by_name() -> None:
     assert "sloth" in torch._dynamo.list_backends()
-    assert torch._dynamo.lookup_backend("sloth") is slothc.sloth
+    owner, inputs = tm.model("llama"), tm.batch()
+    with tm.watched() as graphs:
+        owner.compile(backend="sloth")
+        owner(**inputs)
+    assert len(graphs) == 1
