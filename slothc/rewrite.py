@@ -123,7 +123,7 @@ def _match_job(view: GraphView, match: Match) -> _Job | None:
     if replacement is None:
         return None
     nodes = _between(match.node, {a for a in replacement.args if isinstance(a, fx.Node)})
-    inputs = [n for n in view.nodes if n not in nodes and any(n in x.all_input_nodes for x in nodes)]
+    inputs = list(dict.fromkeys(n for x in sorted(nodes, key=lambda x: x.name) for n in x.all_input_nodes if n not in nodes))
     arguments, kwargs = replacement.args, dict(replacement.kwargs)
 
     def ours(*values: Any) -> Any:
