@@ -64,7 +64,7 @@ def check(
     resize = _smaller(view, [*inputs, *results])
     if resize and not resizable:
         return {}
-    with torch.random.fork_rng(devices=_cuda(view, inputs)), _without_autocast(view, inputs):
+    with torch.random.fork_rng(devices=_cuda(view, inputs)), _same_autocast(view, inputs):
         if resize:
             try:
                 errors = _errors(view, nodes, inputs, results, ours, resize)
@@ -93,9 +93,12 @@ def _smaller(view: GraphView, nodes: Sequence[fx.Node]) -> dict[int, int]:
     return found
 
 
-def _without_autocast(view: GraphView, inputs: Sequence[fx.Node]) -> Any:
+def _same_autocast(view: GraphView, inputs: Sequence[fx.Node]) -> Any:
+    """The nodes run under the autocast they were captured under, without its cache: leaves are made anew."""
     device = next((v.device.type for v in map(view.example, inputs) if isinstance(v, Tensor)), "cpu")
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
+    if not torch.is_autocast_enabled(device):
+        return contextlib.nullcontext()
+    return torch.autocast(device, torch.get_autocast_dtype(device), cache_enabled=False)
 
 
 def _errors(
