@@ -36,7 +36,14 @@ def identify(program: Program, loads: Sequence[Access | None]) -> bool:
             return False
     (a, b), (c, d) = points[:2]
     varies = not close(at(a, b), at(c, b)) and not close(at(a, b), at(a, d))
-    return varies and not (_linear(lambda v: at(v, b), a, c) and _linear(lambda v: at(a, v), b, d))
+    first, second = (lambda v: at(v, b)), (lambda v: at(a, v))
+    decays = _exponential(first, a, c) or _exponential(second, b, d)
+    return varies and not decays and not (_linear(first, a, c) and _linear(second, b, d))
+
+
+def _exponential(f: Any, a: Any, b: Any) -> bool:
+    """A factor c exp(k v), as in a state's decay, gates nothing: f(a) f(b) = f((a + b) / 2)^2."""
+    return close(f(a) * f(b), f((a + b) / 2) ** 2)
 
 
 def _linear(f: Any, a: Any, b: Any) -> bool:
