@@ -46,7 +46,8 @@ class Errors:
         row[3] += truth.numel()
 
     def judge(self, more: float = 0.0) -> None:
-        """Fails with every name that breaks the contract by ``more``. Truths that are zero up to rounding count as a tenth of an ordinary size."""
+        """Fails with every name that breaks the contract by ``more``. Truths that are zero up to rounding count as a tenth of
+        an ordinary size."""
         bad = []
         for name, (ours, eager, truth, count) in self.sums.items():
             scale = max(truth**0.5, 0.1 * max(count, 1.0) ** 0.5)

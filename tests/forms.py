@@ -102,6 +102,18 @@ def total(x: Tensor, w: Tensor) -> Tensor:
     return (x * w).sum(-1)
 
 
+def sum_of_sums(x: Tensor, w: Tensor) -> Tensor:
+    return (x + w).sum(-1) * 2.0
+
+
+def column_only(x: Tensor, w: Tensor) -> Tensor:
+    return (w - torch.logsumexp(w, dim=-1, keepdim=True)) * x
+
+
+def unused_gradient(x: Tensor, u: Tensor, w: Tensor) -> Tensor:
+    return (x > w) * x + torch.tanh(u)
+
+
 def middle(x: Tensor) -> Tensor:
     return torch.cat((x[..., :8], torch.tanh(x[..., 8:24]), x[..., 24:] * 2.0), dim=-1) + 1.0
 
@@ -123,6 +135,9 @@ FORMS = (
     Form("norm_rope", norm_rope, ((2, 5, 3, 16), (16,), (2, 5, 16), (2, 5, 16)), fixed=(2, 3)),
     Form("by_sequence", by_sequence, ((2, 5, 48), (5, 1))),
     Form("total", total, ((2, 5, 48), (48,))),
+    Form("sum_of_sums", sum_of_sums, ((2, 5, 48), (48,))),
+    Form("column_only", column_only, ((2, 5, 48), (48,))),
+    Form("unused_gradient", unused_gradient, ((2, 5, 48), (2, 5, 48), (48,))),
     Form("middle", middle, ((2, 5, 48),)),
 )
 

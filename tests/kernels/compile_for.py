@@ -3,6 +3,8 @@
 Prints one JSON line for each kernel: name, whether it compiled, bytes of shared memory, and the error's text.
 """
 
+# ruff: noqa: E402
+
 from __future__ import annotations
 
 import json
