@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import EntryPoint
 from typing import Any
 
 import torch
 from torch import fx
+from torch._dynamo.backends.registry import lookup_backend
 
 from .checkpointing import keep_random_states
 from .errors import RegionDropped
@@ -15,7 +17,9 @@ from .options import Options
 from .rewrite import rewrite
 
 
-def sloth(module: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None, **more: Any) -> Callable[..., Any]:
+def sloth(
+    module: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None, **more: Any
+) -> Callable[..., Any]:
     """``torch.compile(model, backend="sloth", options={...})``: rewrite the graph, run it.
 
     Raises ``slothc.errors.OptionError`` for unknown options or values; nothing else: what is not understood runs eagerly.
@@ -30,9 +34,7 @@ def sloth(module: fx.GraphModule, example_inputs: Sequence[Any], *, options: Map
         module.graph = kept
         module.recompile()
     if chosen.rest == "inductor":
-        from torch._inductor.compile_fx import compile_fx
-
-        return compile_fx(module, list(example_inputs))
+        return lookup_backend("inductor")(module, list(example_inputs))
     keep_random_states(module)
     return module.forward
 
@@ -44,9 +46,10 @@ def _copy(module: fx.GraphModule) -> fx.Graph:
 
 
 def register() -> None:
-    """Make ``backend="sloth"`` known to torch, also where the package is imported from a checkout that is not installed."""
+    """Make ``backend="sloth"`` known to torch, also where the package is imported from a checkout that is not installed.
+
+    Torch loads the entry point when it is asked for; loading it imports this package, so nothing more may be registered here.
+    """
     from torch._dynamo.backends import registry
 
-    if "sloth" not in registry._BACKENDS or registry._COMPILER_FNS.get("sloth") is not sloth:
-        registry._BACKENDS["sloth"] = None
-        registry._COMPILER_FNS["sloth"] = sloth
+    registry._BACKENDS.setdefault("sloth", EntryPoint("sloth", "slothc.backend:sloth", "torch_dynamo_backends"))

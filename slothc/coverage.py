@@ -25,6 +25,8 @@ def traffic(view: GraphView, node: fx.Node) -> int:
     if any(word in str(getattr(node.target, "__name__", node.target)) for word in ("mm", "conv", "einsum", "attention")):
         return 0
     written = _bytes(view.example(node))
+    if view.op(node).kind == "embedding" or getattr(node.target, "__name__", "") == "embedding":
+        return 2 * written                                                 # the rows it looks up, not the table
     return written + sum(_bytes(view.example(n)) for n in node.all_input_nodes) if written else 0
 
 

@@ -9,11 +9,12 @@ import pytest
 import tiny_models as tm
 import torch
 import torch.nn.functional as F
-from slothc.errors import RegionDropped
 from slothc.kernels import vocab_chunks
-from slothc.lazy_logits import LazyLogits
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from slothc.errors import RegionDropped
+from slothc.lazy_logits import LazyLogits
 
 # 3: a norm that is in no file
 

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import tiny_models as tm
 import torch
-from slothc.errors import RegionDropped
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from slothc.errors import RegionDropped
 
 
 def checkpointed(name: str, lora: bool = False, dropout: float = 0.0, **config: Any) -> nn.Module:

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from slothc import rewrite as rewriting
-from slothc.rewrite import Rewritten
-from slothc.tiny import tiny_config
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 
 import slothc.backend
+from slothc import rewrite as rewriting
+from slothc.rewrite import Rewritten
+from slothc.tiny import tiny_config
 
 TINY = {torch.float32: 1e-6, torch.bfloat16: 1e-4}
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
@@ -26,7 +26,7 @@ NARROW = (torch.float32, torch.bfloat16, torch.float16)
 TARGETS = {
     "falcon_h1": ["in_proj", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
     "llama4_text": r".*(self_attn\.[qkvo]_proj|shared_expert\.(gate|up|down)_proj)",
-    "deepseek_v3": r".*(self_attn\.\w+_proj|kv_a_proj_with_mqa|layers\.0\.mlp\.(gate|up|down)_proj|shared_experts\.(gate|up|down)_proj)",
+    "deepseek_v3": r".*self_attn\.(q_a_proj|q_b_proj|kv_a_proj_with_mqa|kv_b_proj|o_proj)",
     "mixtral": r".*self_attn\.[qkvo]_proj",
 }
 
