@@ -8,10 +8,11 @@ coefficients are ints or sympy expressions over size symbols (dynamic shapes).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import sympy as sp
 
-Size = int | sp.Expr
+Size: TypeAlias = int | sp.Expr
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,8 @@ class Pass:
     """A program with its geometry: one access for each program input (None for index and size inputs) and each output.
 
     ``axes`` are the row axes, outermost first; ``lane`` is the axis that reductions run over. Sizes are symbols, found at launch
-    from the shapes of ``reads``; ``sizes`` gives the program's size inputs as expressions over them. ``reads`` and ``writes`` are the tensors that accesses number.
+    from the shapes of ``reads``; ``sizes`` gives the program's size inputs as expressions over them. ``reads`` and ``writes`` are
+    the tensors that accesses number.
     """
 
     program: Program

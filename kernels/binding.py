@@ -11,10 +11,9 @@ from math import prod
 
 import sympy as sp
 import torch
-from torch import Tensor
-
 from slothc.gradients.geometry import Access, Size
 from slothc.gradients.plan import Operand, Pass
+from torch import Tensor
 
 DTYPE = {
     "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64,
@@ -88,7 +87,8 @@ class Binder:
     def bind(self, reads: Sequence[Tensor], writes: Sequence[Tensor]) -> Bound:
         """Numbers for every access. Raises ``Unbindable``."""
         if len(reads) != len(self.p.reads) or len(writes) != len(self.p.writes):
-            raise Unbindable(f"the plan reads {len(self.p.reads)} and writes {len(self.p.writes)} tensors, not {len(reads)} and {len(writes)}")
+            fit = f"the plan reads {len(self.p.reads)} and writes {len(self.p.writes)} tensors"
+            raise Unbindable(f"{fit}, not {len(reads)} and {len(writes)}")
         values = self.values(reads)
         numbers = [int(v) for v in self._evaluate(*values)]
         count = len(self.p.axes)
@@ -168,6 +168,12 @@ def _product(expr: Size) -> tuple[int, list[str]]:
     factor, rest = expr.as_coeff_Mul()
     symbols = [] if rest == 1 else [s.name for s in sp.Mul.make_args(rest) if s.is_Symbol]
     return int(factor), symbols if len(symbols) == len(sp.Mul.make_args(rest)) else []
+
+
+def clear(reads: Sequence[Tensor], writes: Sequence[Tensor]) -> None:
+    """The launch of a pass over no rows or no lanes: a sum of nothing is zero."""
+    for w in writes:
+        w.zero_()
 
 
 def _empty(shape: tuple[int, ...], operand: Operand, device: torch.device) -> Tensor:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
-from torch import Tensor
-
 from slothc.gradients.plan import Pass
+from torch import Tensor
 
 from . import triton_source
 from .torch_lowering import TorchLauncher

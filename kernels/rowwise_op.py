@@ -10,9 +10,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from slothc.gradients.plan import Plan
+from torch import Tensor
 
 from .rowwise import launcher
 

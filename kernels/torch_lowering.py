@@ -12,12 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from slothc.gradients.plan import Pass
 from slothc.gradients.program import Input, Program, Reduce, Stage
+from torch import Tensor
 
-from .binding import DTYPE, Binder, Bound, Placement, fold_rows, put
+from .binding import DTYPE, Binder, Bound, Placement, clear, fold_rows, put
 from .cache import load
 from .expression import TORCH, render
 
@@ -81,7 +80,7 @@ class TorchLauncher:
     def _prepare(self, reads: Sequence[Tensor], writes: Sequence[Tensor]) -> Callable[[Sequence[Tensor], Sequence[Tensor]], None]:
         bound, program = self.binder.bind(reads, writes), self.p.program
         if bound.rows == 0 or bound.lanes == 0:
-            return lambda reads, writes: [w.zero_() for w in writes] and None
+            return clear
         axis = max(range(len(bound.shape)), key=lambda a: bound.shape[a])
         step = max(1, bound.shape[axis] * SLICE // (bound.rows * bound.lanes))
         index = torch.arange(bound.lanes, dtype=torch.float32, device=reads[0].device).view(*(1 for _ in bound.shape), -1)
@@ -98,12 +97,12 @@ class TorchLauncher:
                         part = _sum_rows(value, bound, axis, length)
                         totals[k] = totals[k] + part if k in totals else part
                     else:
-                        place = target.narrow(axis, start, length) if target.shape[axis] > 1 else target
-                        place.copy_(value) if isinstance(value, Tensor) else place.fill_(value)
+                        part = target.narrow(axis, start, length) if target.shape[axis] > 1 else target
+                        part.copy_(value) if isinstance(value, Tensor) else part.fill_(value)
             for k, place in enumerate(bound.stores):
                 if program.outputs[k].over_rows:
-                    part = outputs[k]
-                    put(writes[place.tensor], place, totals[k] if part is None else fold_rows(part, place), bound.lanes)
+                    full = outputs[k]
+                    put(writes[place.tensor], place, totals[k] if full is None else fold_rows(full, place), bound.lanes)
 
         return launch
 

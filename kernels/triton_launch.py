@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from slothc.gradients.plan import Pass
 from torch import Tensor
 
-from slothc.gradients.plan import Pass
-
-from .binding import Binder, Bound, fold_rows, put
+from .binding import Binder, Bound, clear, fold_rows, put
 from .cache import load
 from .triton_source import Groups, arguments, source
 
@@ -108,7 +107,7 @@ class TritonLauncher:
         bound = self.binder.bind(reads, writes)
         outputs = p.program.outputs
         if bound.rows == 0 or bound.lanes == 0:
-            return lambda reads, writes: [w.zero_() for w in writes] and None
+            return clear
         shape = choose(p, bound, device)
         kernel = self._kernel(bound.groups, shape.loop)
         places = (*bound.loads, *bound.stores)
@@ -123,7 +122,8 @@ class TritonLauncher:
 
         def launch(reads: Sequence[Tensor], writes: Sequence[Tensor]) -> None:
             make = torch.zeros if shape.loop else torch.empty
-            partial = [make((*(bound.shape if fold else (shape.partials,)), w), dtype=torch.float32, device=device) for fold, w, _ in totals]
+            sizes = [(*(bound.shape if fold else (shape.partials,)), w) for fold, w, _ in totals]
+            partial = [make(size, dtype=torch.float32, device=device) for size in sizes]
             kernel[shape.grid](*(reads[i] for i in ins), *(writes[i] for i in outs), *partial, *integers, **constants)
             for (fold, _, place), part in zip(totals, partial):
                 put(writes[place.tensor], place, fold_rows(part, place) if fold else part.sum(0), bound.lanes)

@@ -77,8 +77,10 @@ def arguments(p: Pass, groups: Groups) -> list[tuple[str, int, str]]:
 
 def _accesses(p: Pass) -> list[tuple[str, Access | None]]:
     """Every access with the label its arguments carry: inputs by name, then outputs; sums over rows have none."""
-    outs = [(o.name if o.name not in p.program.input else f"out_{o.name}", None if o.over_rows else a) for o, a in zip(p.program.outputs, p.stores)]
-    return [(i.name, a) for i, a in zip(p.program.inputs, p.loads)] + outs
+    found: list[tuple[str, Access | None]] = [(i.name, a) for i, a in zip(p.program.inputs, p.loads)]
+    for o, a in zip(p.program.outputs, p.stores):
+        found.append((o.name if o.name not in p.program.input else f"out_{o.name}", None if o.over_rows else a))
+    return found
 
 
 class _Kernel:
@@ -94,7 +96,8 @@ class _Kernel:
 
     def text(self, name: str, loop: bool) -> Iterator[str]:
         pointers = [f"in{t}" for t in sorted({a.tensor for a in self.p.loads if a})]
-        pointers += [f"out{t}" for t in sorted({a.tensor for _, a in self.direct})] + [f"sum_{o.name}" for o in self.sums] + [f"part_{o.name}" for o in self.parts]
+        pointers += [f"out{t}" for t in sorted({a.tensor for _, a in self.direct})]
+        pointers += [f"sum_{o.name}" for o in self.sums] + [f"part_{o.name}" for o in self.parts]
         integers = [a for a, *_ in self.arguments] + [f"n{g}" for g in range(len(self.groups))]
         sizes = [i.name for i in self.program.inputs if i.role == "size"]
         yield "@triton.jit"

@@ -9,8 +9,8 @@ multiplied by is known in the backward only, so the logits are made once more th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from slothc.gradients.vocabulary import Chain
@@ -24,6 +24,7 @@ from .vocab_rows import Loss
 
 REDUCTIONS = ("mean", "sum", "none")
 NAMES = {dtype: name for name, dtype in DTYPE.items()}
+T = TypeVar("T")
 
 
 def linear_cross_entropy(
@@ -140,7 +141,7 @@ def _labels_out_of_range(labels: Tensor | None, vocab: int, ignore_index: int) -
 def _reduced(losses: Tensor, labels: Tensor | None, bad: Tensor | None, loss: Loss) -> tuple[Tensor, Tensor]:
     if bad is not None:
         losses = losses.masked_fill(bad, float("nan"))
-    if loss.reduction == "none":
+    if loss.reduction == "none" or labels is None:
         return losses, torch.where(losses.isnan(), losses, 1.0)
     total = losses.sum()
     poison = torch.where(bad.any(), torch.nan, 1.0).to(losses) if bad is not None else losses.new_ones(())
@@ -169,7 +170,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if _in_forward(ctx.loss, ctx.wants):
             grads = _scaled(saved, factor * upstream.float(), ctx.dtypes)
         else:
-            found = _remade(upstream, factor, *saved, ctx.loss, ctx.wants)
+            hidden, weight, bias, labels = saved
+            found = _remade(upstream, factor, hidden, weight, bias, labels, ctx.loss, ctx.wants)
             grads = tuple(None if g is None else g.to(d) for g, d in zip((found.hidden, found.weight, found.bias), ctx.dtypes))
         return (*grads, None, None)
 
@@ -194,8 +196,21 @@ def _remade(
     return gradients(ops, loss, (upstream.float() * factor).contiguous(), wants)
 
 
-def _empty(t: Tensor | None, like: Tensor) -> Tensor:
-    return like.new_empty(0, dtype=torch.float32) if t is None else t
+def _three(items: Iterable[T]) -> tuple[T, T, T]:
+    """What belongs to hidden, weight and bias."""
+    hidden, weight, bias = items
+    return hidden, weight, bias
+
+
+def _filled(grads: Gradients, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(dH, dW, db), empty where there is none."""
+    found = (grads.hidden, grads.weight, grads.bias)
+    return _three(like.new_empty(0, dtype=torch.float32) if g is None else g for g in found)
+
+
+def _fake_gradients(hidden: Tensor, weight: Tensor, wants: Wants) -> tuple[Tensor, Tensor, Tensor]:
+    shapes = (hidden.shape, weight.shape, weight.shape[:1])
+    return _three(hidden.new_empty(s if w else (0,), dtype=torch.float32) for s, w in zip(shapes, wants))
 
 
 @torch.library.custom_op("sloth::linear_cross_entropy", mutates_args=())
@@ -213,8 +228,8 @@ def _op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, factor, dH, dW, db); a gradient that is not asked for is empty."""
     loss = Loss(chain, ignore_index, smoothing, reduction, dtype)
-    value, factor, grads = _forward(hidden, weight, bias, labels, loss, tuple(wants))
-    return (value, factor, *(_empty(g, hidden) for g in (grads.hidden, grads.weight, grads.bias)))
+    value, factor, grads = _forward(hidden, weight, bias, labels, loss, _three(wants))
+    return (value, factor, *_filled(grads, hidden))
 
 
 @_op.register_fake
@@ -232,9 +247,8 @@ def _op_fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     loss = Loss(chain, ignore_index, smoothing, reduction, dtype)
     shape = hidden.shape[:1] if reduction == "none" else ()
-    now = wants if _in_forward(loss, tuple(wants)) else (False, False, False)
-    shapes = (hidden.shape, weight.shape, weight.shape[:1])
-    grads = (hidden.new_empty(s if w else (0,), dtype=torch.float32) for s, w in zip(shapes, now))
+    now = _three(wants) if _in_forward(loss, _three(wants)) else (False, False, False)
+    grads = _fake_gradients(hidden, weight, now)
     return (hidden.new_empty(shape, dtype=dtype), hidden.new_empty(shape, dtype=torch.float32), *grads)
 
 
@@ -253,8 +267,7 @@ def _gradients_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dH, dW, db) in fp32 for reduction "none", logits made anew; a gradient that is not asked for is empty."""
     loss = Loss(chain, ignore_index, smoothing, "none", torch.float32)
-    grads = _remade(upstream, factor, hidden, weight, bias, labels, loss, tuple(wants))
-    return tuple(_empty(g, hidden) for g in (grads.hidden, grads.weight, grads.bias))
+    return _filled(_remade(upstream, factor, hidden, weight, bias, labels, loss, _three(wants)), hidden)
 
 
 @_gradients_op.register_fake
@@ -270,8 +283,7 @@ def _gradients_fake(
     smoothing: float,
     wants: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    shapes = (hidden.shape, weight.shape, weight.shape[:1])
-    return tuple(hidden.new_empty(s if w else (0,), dtype=torch.float32) for s, w in zip(shapes, wants))
+    return _fake_gradients(hidden, weight, _three(wants))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -57,8 +57,7 @@ def row_program(loss: Loss, vocab: int, mode: str, gathered: bool) -> Program:
         program = normaliser_program(c.dtype, c.exprs)
     else:
         ignore = None if gathered else loss.ignore_index
-        options = {"vocab": vocab, "ignore_index": ignore, "smoothing": loss.smoothing, "gathered": gathered}
-        program = loss_program(c.dtype, c.exprs, **options)
+        program = loss_program(c.dtype, c.exprs, vocab=vocab, ignore_index=ignore, smoothing=loss.smoothing, gathered=gathered)
     if mode == "value":
         return program
     return gradient_program(program, seeded=True) if mode == "gradient" else with_gradient(program)
@@ -89,12 +88,13 @@ def run_rows(
     """
     gathered = loss.gathers(z.device)
     run = _launcher(loss, z.shape[1], mode, gathered)
-    at = labels.unsqueeze(1) if labels is not None else None
-    own = z.gather(1, at).squeeze(1) if gathered else None
-    tensors = {"z": z, "zy": own, "label": labels, "g_loss": upstream, "g_lse": upstream}
-    tensors |= {"loss": losses, "lse": losses, "d_z": z, "d_zy": own}
+    at = labels.unsqueeze(1) if gathered and labels is not None else None
+    own = None if at is None else z.gather(1, at).squeeze(1)
+    given = {"z": z, "zy": own, "label": labels, "g_loss": upstream, "g_lse": upstream}
+    given |= {"loss": losses, "lse": losses, "d_z": z, "d_zy": own}
+    tensors = {n: t for n, t in given.items() if t is not None}
     program = run.p.program
     reads = [tensors[i.name] for i in program.inputs if i.role == "data"]
     run(reads, [tensors[o.name] for o in program.outputs])
-    if gathered and mode != "value":
+    if at is not None and own is not None and mode != "value":
         z.scatter_add_(1, at, own.unsqueeze(1))

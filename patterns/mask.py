@@ -84,10 +84,10 @@ def as_function(cone: Cone, device: torch.device | None = None) -> fx.GraphModul
         return device if device is not None and isinstance(value, torch.device) else value
 
     for node in cone.nodes:
-        if name(node) in NEW and node.args[0] not in copies:
-            like = node.args[0].meta["example_value"]
-            kwargs = {"dtype": like.dtype, "device": place(like.device)}
-            copies[node.args[0]] = graph.call_function(torch.empty, (0,), kwargs)
+        source = node.args[0] if node.args else None
+        if name(node) in NEW and isinstance(source, fx.Node) and source not in copies:
+            like = source.meta["example_value"]
+            copies[source] = graph.call_function(torch.empty, (0,), {"dtype": like.dtype, "device": place(like.device)})
         copy = graph.node_copy(node, copies.__getitem__)
         copy.meta = {}
         copy.args, copy.kwargs = fx.node.map_aggregate((copy.args, copy.kwargs), place)

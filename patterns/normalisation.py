@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import mpmath
-
 from slothc.gradients.program import Program
 
 from .probe import LANES, close, draw, rows_of, value

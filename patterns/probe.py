@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import mpmath
-
 from slothc.gradients.program import Input, Program
 from slothc.gradients.verify import evaluate
 

@@ -1,4 +1,7 @@
-"""Rotary position embedding: pairs of lanes turned by an angle, (y1, y2) = (c x1 - s x2, c x2 + s x1) (Su et al. 2021, arXiv:2104.09864)."""
+"""Rotary position embedding: pairs of lanes turned by an angle (Su et al. 2021, arXiv:2104.09864).
+
+(y1, y2) = (c x1 - s x2, c x2 + s x1).
+"""
 
 from __future__ import annotations
 

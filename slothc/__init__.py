@@ -6,10 +6,10 @@ import os as _os
 if not _os.path.isdir(_os.path.join(_os.path.dirname(__file__), "kernels")):
     __path__.append(_os.path.dirname(_os.path.dirname(_os.path.abspath(__file__))))
 
-from .backend import register, sloth  # noqa: E402
-from .explain import explain  # noqa: E402
-from .report import Report  # noqa: E402
-from .version import __version__  # noqa: E402
+from .backend import register, sloth
+from .explain import explain
+from .report import Report
+from .version import __version__
 
 register()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from slothc.gradients.plan import Plan
 from slothc.patterns import attention, cross_entropy, gated_mlp, layer_norm, lora_linear, rms_norm, rope
 from slothc.patterns.rule import RowRule, Sample, StructuralRule

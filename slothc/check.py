@@ -158,7 +158,7 @@ def _compare(
     view: GraphView, inputs: Sequence[fx.Node], values: list[Any], eager: Function, truth: Function, ours: Function,
     sums: dict[str, _Sum], dtypes: dict[str, torch.dtype],
 ) -> int:  # fmt: skip
-    wrt = [k for k, n in enumerate(inputs) if view.needs_grad(n) and isinstance(values[k], Tensor) and values[k].is_floating_point()]
+    wrt = [k for k, v in enumerate(values) if view.needs_grad(inputs[k]) and isinstance(v, Tensor) and v.is_floating_point()]
     runs = [_run(f, values, wrt, wide) for f, wide in ((ours, False), (eager, False), (truth, True))]
     cotangents = [torch.randn_like(o) for o in runs[1].results]
     for run in runs:
@@ -166,7 +166,8 @@ def _compare(
     names = [f"result {k}" for k in range(len(cotangents))] + [f"gradient of {inputs[k]}" for k in wrt]
     for name, *found in zip(names, *(r.everything() for r in runs)):
         if found[0].shape != found[1].shape or found[0].dtype != found[1].dtype:
-            raise VerificationFailed(f"{name} is {tuple(found[0].shape)} {found[0].dtype}, eager's {tuple(found[1].shape)} {found[1].dtype}")
+            mine, eagers = (f"{tuple(t.shape)} {t.dtype}" for t in found[:2])
+            raise VerificationFailed(f"{name} is {mine}, eager's {eagers}")
         if not bool(found[2].isfinite().all()):
             continue
         sums.setdefault(name, _Sum()).add(*found)

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch import fx
+
 from slothc.gradients.plan import Plan
 from slothc.patterns.rule import Match, Miss
-from torch import fx
 
 from .catalogue import STRUCTURAL, UNNAMED
 from .lift import CannotLift, lift

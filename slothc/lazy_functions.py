@@ -84,8 +84,12 @@ _WRITES = (
 )
 
 
+def _getter(name: str) -> Any:
+    return getattr(Tensor, name).__get__
+
+
 def _metadata() -> set[Any]:
-    found = {getattr(Tensor, name).__get__ for name in _PROPERTIES if hasattr(Tensor, name)}
+    found = {_getter(name) for name in _PROPERTIES if hasattr(Tensor, name)}
     found |= {getattr(Tensor, name) for name in _METHODS if hasattr(Tensor, name)}
     return found | {
         torch.is_floating_point,
@@ -98,7 +102,7 @@ def _metadata() -> set[Any]:
 
 
 METADATA = _metadata()
-BY_VALUE = {getattr(Tensor, name).__get__ for name in ("grad", "_version", "_backward_hooks")}
+BY_VALUE = {_getter(name) for name in ("grad", "_version", "_backward_hooks")}
 """Metadata that changes when the real tensor is used."""
 NO_LABEL = -(1 << 40)
 
@@ -334,8 +338,10 @@ def _cross_entropy(
     if not plain or x.recipe.normalised is not None or not _in_chunks(x):
         return NotImplemented
     dtype = torch.float32 if torch.is_autocast_enabled(x.device.type) else x.dtype
-    options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "reduction": reduction}
-    return linear_cross_entropy(*_operands(x), target, chain=x.recipe.chain.text, dtype=dtype, **options)
+    return linear_cross_entropy(
+        *_operands(x), target, chain=x.recipe.chain.text, dtype=dtype,
+        ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=reduction,
+    )  # fmt: skip
 
 
 def _handlers() -> dict[Any, Callable[..., Any]]:
@@ -346,7 +352,6 @@ def _handlers() -> dict[Any, Callable[..., Any]]:
         F.tanh: _unary("tanh"),
         Tensor.__getitem__: _getitem,
         Tensor.__rmul__: _binary("mul"),
-        Tensor.data.__get__: _detach,
         Tensor.view: _reshape,
         torch.true_divide: _binary("div"),
     }
@@ -357,7 +362,7 @@ def _handlers() -> dict[Any, Callable[..., Any]]:
         "double": torch.float64,
     }.items():
         table[getattr(Tensor, name)] = lambda x, *, dtype=dtype: _cast(x, dtype)
-    for name, handler in {
+    functions: dict[str, Callable[..., Any]] = {
         "mul": _binary("mul"),
         "multiply": _binary("mul"),
         "div": _binary("div"),
@@ -375,16 +380,19 @@ def _handlers() -> dict[Any, Callable[..., Any]]:
         "log_softmax": _log_softmax,
         "argmax": _argmax,
         "gather": _gather,
-    }.items():
+    }
+    for name, handler in functions.items():
         table[getattr(torch, name)] = table[getattr(Tensor, name)] = handler
-    for name, handler in {
+    methods: dict[str, Callable[..., Any]] = {
         "contiguous": _contiguous,
         "__mul__": _binary("mul"),
         "__truediv__": _binary("div"),
         "__neg__": _unary("neg"),
         "true_divide": _binary("div"),
-    }.items():
+    }
+    for name, handler in methods.items():
         table[getattr(Tensor, name)] = handler
+    table[_getter("data")] = _detach
     return table
 
 

@@ -151,7 +151,7 @@ class LazyLogits(Tensor):
         """Another lazy tensor: this one's recipe with ``changes``; ``step`` does the same to a real tensor."""
         return LazyLogits.of(replace(self._recipe, **changes), _Origin(self, step, view))
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # mypy drops keyword names of dunders
         if self._real is not None or (self.numel() <= PRINTED and not self.stale):
             return repr(self.materialize())
         grad = f", grad_fn=<{type(self.grad_fn).__name__}>" if self.grad_fn is not None else ""
@@ -167,7 +167,7 @@ class LazyLogits(Tensor):
         return lazy_functions.call(func, args, kwargs or {})
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]  # torch declares it as a plain function, without cls
         cls, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
@@ -193,7 +193,8 @@ class _Node(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         recipe: Recipe = ctx.recipe
-        wanted = [t for t, needed in zip((recipe.hidden, recipe.weight, recipe.bias), ctx.needs_input_grad) if needed]
+        inputs = (recipe.hidden, recipe.weight, recipe.bias)
+        wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad) if needed and t is not None]
         found = iter(torch.autograd.grad(recipe.build(), wanted, upstream))
         return (*(next(found) if needed else None for needed in ctx.needs_input_grad[:3]), None, None)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import sympy as sp
@@ -34,4 +35,4 @@ class Pair:
         return Pair(-self.re, -self.im)
 
 
-COMPLEX = {"add": Pair.__add__, "sub": Pair.__sub__, "mul": Pair.__mul__, "neg": Pair.__neg__}
+COMPLEX: dict[str, Callable[..., Pair]] = {"add": Pair.__add__, "sub": Pair.__sub__, "mul": Pair.__mul__, "neg": Pair.__neg__}

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from slothc.patterns.rule import RowRule
 from torch import fx
+
+from slothc.patterns.rule import RowRule
 
 from .catalogue import ROW
 from .lift import CannotLift, Lifted, lift
@@ -86,5 +87,5 @@ def _identify(view: GraphView, inside: set[fx.Node], sink: fx.Node) -> str | Non
 def _computes(rule: RowRule, lifted: Lifted) -> bool:
     try:
         return rule.identify(lifted.program, lifted.loads)
-    except (ArithmeticError, ValueError, TypeError):                       # it has no real value at a point where the rule's formula has one
+    except (ArithmeticError, ValueError, TypeError):  # it has no real value at a point where the rule's formula has one
         return False

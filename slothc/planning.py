@@ -111,12 +111,14 @@ class _Abstract:
         lane = Axis("i", self.symbols[lifted.lane.name])
         count = {n: self._count(e) for n, e in lifted.sizes}
         loads = tuple(self._access(a) if a else None for a in lifted.loads)
-        return Pass(lifted.program, axes, lane, loads, tuple(map(self._access, lifted.stores)), tuple(reads), tuple(writes), tuple(count.items()))
+        stores = tuple(map(self._access, lifted.stores))
+        return Pass(lifted.program, axes, lane, loads, stores, tuple(reads), tuple(writes), tuple(count.items()))
 
     def _count(self, size: Size) -> Size:
-        lane = self.lifted.lane
-        times = size // lane.size if isinstance(size, int) and isinstance(lane.size, int) and lane.size else sp.cancel(sp.sympify(size) / lane.size)
-        return self.symbols[lane.name] * times
+        name, lanes = self.lifted.lane.name, self.lifted.lane.size
+        if isinstance(size, int) and isinstance(lanes, int) and lanes:
+            return self.symbols[name] * (size // lanes)
+        return self.symbols[name] * sp.cancel(sp.sympify(size) / lanes)
 
     def _access(self, access: Access) -> Access:
         return Access(access.tensor, tuple(self._form(f)[0] for f in access.index))
@@ -199,10 +201,11 @@ def _joined(forward: Pass, backward: Program, wrt: tuple[int, ...]) -> Plan:
     rounded = {s.name: s.dtype or "fp32" for s in forward.program.stages}
     backward = _reading(backward, {n: Input(n, forward.program.kinds[n], rounded[n], differentiable=False) for n in stored})
     load = dict(zip((i.name for i in forward.program.inputs), forward.loads))
-    read = {load[i.name].tensor for i in backward.inputs if i.name in load and load[i.name]}  # type: ignore[union-attr]
+    read = {a.tensor for i in backward.inputs if (a := load.get(i.name)) is not None}
     saved_operands = tuple(sorted(read))
+    held = len(saved_operands)
     numbering = _Numbering(
-        {t: k for k, t in enumerate(saved_operands)}, {n: len(saved_operands) + k for k, n in enumerate(stored)}, len(saved_operands) + len(stored)
+        {t: k for k, t in enumerate(saved_operands)}, {n: held + k for k, n in enumerate(stored)}, held + len(stored)
     )
     extra = [_kept(forward, n, len(forward.writes) + k, rounded[n]) for k, n in enumerate(stored)]
     outputs = (*forward.program.outputs, *(o for o, _, _ in extra))
@@ -267,10 +270,13 @@ def _kept(forward: Pass, name: str, number: int, dtype: str) -> tuple[Output, Ac
     """A stage stored for the backward: its output, access and tensor [row axes..., lane where it has one]."""
     kind = forward.program.kinds[name]
     axes = [*(forward.axes if kind.rows else ()), *([forward.lane] if kind.lanes else [])]
-    return Output(f"keep_{name}", name, dtype), Access(number, tuple(Form.axis(a.name) for a in axes)), Operand(tuple(a.size for a in axes), dtype)
+    access = Access(number, tuple(Form.axis(a.name) for a in axes))
+    return Output(f"keep_{name}", name, dtype), access, Operand(tuple(a.size for a in axes), dtype)
 
 
-def _load(i: Input, load: Mapping[str, Access | None], store: Mapping[str, Access], kept: Mapping[str, Access], n: _Numbering) -> Access | None:
+def _load(
+    i: Input, load: Mapping[str, Access | None], store: Mapping[str, Access], kept: Mapping[str, Access], n: _Numbering
+) -> Access | None:
     if i.name in store:
         return Access(n.cotangents + store[i.name].tensor, store[i.name].index)
     if i.name in kept:

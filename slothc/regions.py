@@ -46,7 +46,7 @@ class Growth:
         if node in self.taken or not view.alive(node) or node.op in ("placeholder", "output", "get_attr"):
             return False
         kind = view.op(node).kind
-        if kind not in ARITHMETIC and kind not in VIEWS or view.mutated(node):
+        if (kind not in ARITHMETIC and kind not in VIEWS) or view.mutated(node):
             return False
         value = view.example(node)
         if kind == "split":

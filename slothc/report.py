@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .coverage import coverage
+from .found import Region
 from .rewrite import Rewritten
 
 
@@ -53,13 +54,15 @@ class Report:
         Path(path).write_text(_html(self))
 
     def __str__(self) -> str:
-        lines = [f"{self.graphs} graph{'s' * (self.graphs != 1)}, {sum(self.breaks.values())} graph breaks, {self.coverage:.1%} of the bytes covered"]
+        graphs, breaks = f"{self.graphs} graph{'s' * (self.graphs != 1)}", f"{sum(self.breaks.values())} graph breaks"
+        lines = [f"{graphs}, {breaks}, {self.coverage:.1%} of the bytes covered"]
         width = max((len(n) for n in self.counts), default=0)
         lines += [f"  {name:<{width}}  {count:>5}" for name, count in self.counts.items()]
         lines += [f"  break  {reason} ({count}x)" for reason, count in self.breaks.items()]
         grouped = Counter((m.rule, m.reason) for m in self.misses)
         place = {(m.rule, m.reason): m.location for m in reversed(self.misses)}
-        lines += [f"  left to eager  {rule}: {reason} ({count}x, first at {place[rule, reason]})" for (rule, reason), count in grouped.most_common()]
+        for (rule, reason), count in grouped.most_common():
+            lines.append(f"  left to eager  {rule}: {reason} ({count}x, first at {place[rule, reason]})")
         return "\n".join(lines)
 
 
@@ -74,8 +77,8 @@ def report(graphs: list[Rewritten], breaks: dict[str, int]) -> Report:
     for r in every:
         view = r.found.view
         for item in r.used:
-            total += item.counts() if hasattr(item, "counts") else Counter({item.rule: item.count})
-            if hasattr(item, "plan") and item.plan.key not in regions:
+            total += item.counts() if isinstance(item, Region) else Counter({item.rule: item.count})
+            if isinstance(item, Region) and item.plan.key not in regions:
                 regions[item.plan.key] = (item.rule, view.location(item.cone.sink), formula(item.plan.forward.program))
         done, of = coverage(r.found, r.used)
         covered, size = covered + done, size + of
@@ -88,9 +91,8 @@ def report(graphs: list[Rewritten], breaks: dict[str, int]) -> Report:
 
 def _html(r: Report) -> str:
     rows = "".join(f"<tr><td>{html.escape(n)}</td><td>{c}</td></tr>" for n, c in r.counts.items())
-    misses = "".join(
-        f"<tr><td>{html.escape(m.rule)}</td><td><code>{html.escape(m.location)}</code></td><td>{html.escape(m.reason)}</td></tr>" for m in r.misses
-    )
+    cells = ((html.escape(m.rule), html.escape(m.location), html.escape(m.reason)) for m in r.misses)
+    misses = "".join(f"<tr><td>{rule}</td><td><code>{location}</code></td><td>{reason}</td></tr>" for rule, location, reason in cells)
     regions = "".join(f"<h3>{html.escape(n)} <code>{html.escape(w)}</code></h3><pre>{html.escape(f)}</pre>" for n, w, f in r.regions)
     breaks = "".join(f"<li>{html.escape(b)} ({c}x)</li>" for b, c in r.breaks.items())
     return f"""<!doctype html><meta charset="utf-8"><title>slothc explain</title>

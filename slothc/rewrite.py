@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import fx
+
 from slothc.kernels import rowwise_op
 from slothc.patterns.rule import Match, Miss
-from torch import fx
 
 from . import bind
 from .check import check
@@ -46,7 +47,8 @@ def rewrite(module: fx.GraphModule, options: Options, run: bool = True, view: Gr
     result = Rewritten(find(view, options))
     for caller, child in view.child_modules():
         result.children.append(rewrite(child, options, run, view.child(caller, child)))
-    for item in (*result.found.regions, *result.found.matches):
+    items: list[Region | Match] = [*result.found.regions, *result.found.matches]
+    for item in items:
         _use(result, item, options, run)
     if run:
         _Splice(view).all(result.used)
@@ -132,7 +134,8 @@ def _match_job(view: GraphView, match: Match) -> _Job | None:
 
     missing = [a for a in arguments if isinstance(a, fx.Node) and a not in inputs]
     value = view.value(match.node)
-    text = " ".join(f"{shape_of(view, n)[-2:]}{view.value(n).dtype}{view.needs_grad(n)}" for n in inputs if isinstance(view.example(n), torch.Tensor))
+    tensors = [n for n in inputs if isinstance(view.example(n), torch.Tensor)]
+    text = " ".join(f"{shape_of(view, n)[-2:]}{view.value(n).dtype}{view.needs_grad(n)}" for n in tensors)
     static = {k: v for k, v in match.attrs.items() if isinstance(v, int | float | str | bool | torch.dtype | None)}
     numbers = [a for a in arguments if not isinstance(a, fx.Node)]
     key = f"{match.rule} {text} {static} {numbers} {len(nodes)} {value.device}"

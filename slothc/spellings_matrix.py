@@ -30,7 +30,7 @@ def _spread(fn: str) -> Callable[[Call], Op]:
     def make(call: Call) -> Op:
         dim, correction = call["dim"], call["correction"]
         if isinstance(dim, bool):
-            dim, correction = None, int(dim)
+            correction, dim = int(dim), None
         elif call["unbiased"] is not None:
             correction = int(call["unbiased"])
         if not is_number(correction):

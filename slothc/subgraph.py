@@ -12,7 +12,8 @@ from .view import GraphView
 
 
 def extract(
-    view: GraphView, nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], results: Sequence[fx.Node], resize: Mapping[int, int] | None = None
+    view: GraphView, nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], results: Sequence[fx.Node],
+    resize: Mapping[int, int] | None = None,
 ) -> Callable[..., tuple[Any, ...]]:
     """A function of the values of ``inputs`` that runs ``nodes`` and returns the values of ``results``.
 

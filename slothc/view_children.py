@@ -23,7 +23,7 @@ def attribute(graph_module: fx.GraphModule, node: fx.Node) -> Any:
 def arguments(graph_module: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
     """The nodes that a higher-order op hands to its body, in order: all but the bodies themselves."""
     flat: list[fx.Node] = []
-    fx.map_arg(node.args, lambda item: flat.append(item) or item)
+    fx.map_arg(node.args, flat.append)
     return [item for item in flat if not isinstance(attribute(graph_module, item), fx.GraphModule)]
 
 
