@@ -227,7 +227,7 @@ class _Uniform(torch.autograd.Function):
             b if "B" in reads else None,
             *kept,
         )
-        return y.view(*x.shape[:-1], y.shape[1])
+        return torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[1]])  # no view: the model may write into it
 
     @staticmethod
     @once_differentiable
