@@ -62,7 +62,7 @@ def test_4_explain_computes_nothing_and_changes_nothing() -> None:
     torch.manual_seed(5)
     assert torch.equal(drawn, torch.rand(3))
     taken = sum(max(e.self_cpu_memory_usage, 0) for e in profiler.events())
-    assert taken < 4 * 128 * 64 * 4  # fewer bytes in all than one tensor of hidden states
+    assert taken < 2 * 4 * 128 * 64 * 4  # bytes of two tensors of hidden states: a forward makes dozens, and the logits
     assert all(torch.equal(p, before[n]) for n, p in owner.state_dict().items())
     assert all(p.grad is None for p in owner.parameters())
     plain = tm.step(owner, **inputs)  # the model itself still runs as it was
