@@ -3,7 +3,7 @@
 cuBLAS on Hopper rounds x w to bf16 before it adds an accumulated matrix (measured: an adapter's delta below half an ulp is lost, as in
 eager), so the sum is made here: a persistent kernel over output tiles, x and w tiles by the bulk tensor copy engine, and one more short
 dot for the low-rank factors before the tile is rounded and stored. On an H100 (M 4096, the seven linears of an 8B Llama, rank 16,
-forward of 32 layers) it takes 81.7 ms; cuBLAS without the adapter 80.6, low-rank product then addmm 85.5, an fp32 product and a joining
+forward of 32 layers) it takes 83 ms; cuBLAS without the adapter 80.6, low-rank product then addmm 85.5, an fp32 product and a joining
 pass 94.6.
 """
 
@@ -17,6 +17,8 @@ from torch import Tensor
 
 LOW = (torch.bfloat16, torch.float16)
 CHUNK = 64            # columns of the low-rank factors in one dot
+# one block shape for all sizes, so that a weight's layout and dtype are all that compiles anew; measured on the shapes above
+BLOCK_M, BLOCK_N, BLOCK_K, GROUP, STAGES = 128, 256, 64, 16, 4
 
 
 @functools.cache
@@ -90,21 +92,17 @@ def _launch(a: Tensor, b: Tensor, alpha: float, x: Tensor, w: Tensor, y: Tensor)
 
     (m, k), n, r = x.shape, w.shape[1], a.shape[1]
     nk = w.stride(0) == 1 and (w.stride(1) != 1 or k == 1)                # the weight lies as [n, k]
-    block_m, block_n, block_k = (128 if m > 64 else 64), 256, 64
-    processors = _processors(x.device)
-    if -(-m // block_m) * -(-n // block_n) < processors:
-        block_n = 128
-    group, stages = (8, 3) if k > 8192 else (16, 4)                       # H100, measured on the shapes above
     weight = w.t() if nk else w
-    tiles = -(-m // block_m) * -(-n // block_n)
+    tiles = -(-m // BLOCK_M) * -(-n // BLOCK_N)
+    processors = _processors(x.device)
     try:
         _kernel()[(min(tiles, processors),)](
-            TensorDescriptor.from_tensor(x, [block_m, block_k]),
-            TensorDescriptor.from_tensor(weight, [block_n, block_k] if nk else [block_k, block_n]),
-            TensorDescriptor.from_tensor(y, [block_m, block_n // 2]),
+            TensorDescriptor(x, x.shape, x.stride(), [BLOCK_M, BLOCK_K]),
+            TensorDescriptor(weight, weight.shape, weight.stride(), [BLOCK_N, BLOCK_K] if nk else [BLOCK_K, BLOCK_N]),
+            TensorDescriptor(y, y.shape, y.stride(), [BLOCK_M, BLOCK_N // 2]),
             a, b, alpha, m, n, k, r, a.stride(0), a.stride(1), b.stride(0), b.stride(1),
-            NK=nk, RANK=min(CHUNK, max(16, 1 << (r - 1).bit_length())), BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP=group,
-            PROGRAMS=processors, num_stages=stages, num_warps=8,
+            NK=nk, RANK=min(CHUNK, max(16, 1 << (r - 1).bit_length())), BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, GROUP=GROUP,
+            PROGRAMS=processors, num_stages=STAGES, num_warps=8,
         )  # fmt: skip
     except Exception:
         _broken.add(x.device)

@@ -191,19 +191,20 @@ def _mixed(a: torch.Tensor, b: torch.Tensor, alpha: float) -> torch.Tensor:
         wide = torch.promote_types(a.dtype, b.dtype)
         return _gemm(a.to(wide), b.to(wide), alpha, wide)
     if a.dtype is low:
-        both = torch.mm(a, _cat(_parts(b, low), 1), out_dtype=torch.float32)
-        hi, lo = both[:, : b.shape[1]], both[:, b.shape[1] :]
+        sums = torch.mm(a, _cat(_parts(b, low, 3), 1), out_dtype=torch.float32).split(b.shape[1], 1)
     else:
-        both = torch.mm(_cat(_parts(a, low), 0), b, out_dtype=torch.float32)
-        hi, lo = both[: a.shape[0]], both[a.shape[0] :]
-    y = hi + lo
+        sums = torch.mm(_cat(_parts(a, low, 3), 0), b, out_dtype=torch.float32).split(a.shape[0], 0)
+    y = sums[2] + sums[1] + sums[0]
     return y if alpha == 1 else y.mul_(alpha)
 
 
-def _parts(v: torch.Tensor, low: torch.dtype) -> list[torch.Tensor]:
-    """v = hi + lo."""
-    hi = v.to(low)
-    return [hi, (v - hi).to(low)]
+def _parts(v: torch.Tensor, low: torch.dtype, count: int = 2) -> list[torch.Tensor]:
+    """v as a sum of ``count`` values of ``low``, largest first: three of bf16 hold all 24 bits of an fp32."""
+    parts = []
+    for _ in range(count):
+        parts.append(v.to(low))
+        v = v - parts[-1]
+    return parts
 
 
 def _pairs(alpha: float, a: Matrix, b: torch.Tensor, low: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:

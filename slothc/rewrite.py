@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import operator
+import os
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,9 +20,9 @@ from . import bind
 from .check import check
 from .errors import RegionDropped, VerificationFailed
 from .found import Found, Region, find
-from .lift import shape_of
 from .options import Options
 from .regions import leaves
+from .sizes import shape_of
 from .statistics import counts
 from .view import GraphView
 
@@ -48,6 +50,8 @@ def rewrite(module: fx.GraphModule, options: Options, run: bool = True, view: Gr
     for caller, child in view.child_modules():
         result.children.append(rewrite(child, options, run, view.child(caller, child)))
     items: list[Region | Match] = [*result.found.regions, *result.found.matches]
+    if run and options.verify != "off":
+        _check_together(view, items)
     for item in items:
         _use(result, item, options, run)
     if run:
@@ -84,15 +88,33 @@ def _checked(view: GraphView, item: Region | Match, options: Options) -> None:
     if job is None or options.verify == "off" or job.device.type == "meta":
         return
     if job.key not in _verdicts or options.verify == "always":
-        try:
-            check(view, job.nodes, job.inputs, job.results, job.ours, job.resizable)
-            _verdicts[job.key] = None
-        except VerificationFailed as error:
-            _verdicts[job.key] = str(error)
-        except Exception as error:
-            _verdicts[job.key] = f"{type(error).__name__}: {error}".splitlines()[0]
+        _verdicts[job.key] = _judge(view, job)
     if _verdicts[job.key] is not None:
         raise VerificationFailed(_verdicts[job.key])
+
+
+def _judge(view: GraphView, job: _Job) -> str | None:
+    """What is wrong with a rewrite; None if nothing is."""
+    try:
+        check(view, job.nodes, job.inputs, job.results, job.ours, job.resizable)
+    except VerificationFailed as error:
+        return str(error)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return None
+
+
+def _check_together(view: GraphView, items: list[Region | Match]) -> None:
+    """Check what is new side by side: on an accelerator a check mostly waits for its kernels to be compiled."""
+    jobs: dict[str, _Job] = {}
+    for item in items:
+        job = _region_job(view, item) if isinstance(item, Region) else _match_job(view, item)
+        if job is not None and job.key not in _verdicts and job.device.type == "cuda":
+            jobs.setdefault(job.key, job)
+    if len(jobs) < 2:
+        return
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        _verdicts.update(zip(jobs, pool.map(lambda job: _judge(view, job), jobs.values())))
 
 
 @dataclass(frozen=True)
