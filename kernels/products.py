@@ -3,9 +3,9 @@ once.
 
 Operands are fp32 or fp64, or a low dtype (bf16, fp16), mixed freely. A GEMM that accumulates onto a low-precision
 tensor adds that tensor in fp32 and rounds the sum on some devices (oneDNN post-ops) and rounds twice on others
-(cuBLAS on Hopper): ``joined`` knows which and keeps to one rounding. An fp32 operand next to bf16 ones is split,
-v = hi + lo with hi = bf16(v) and lo = bf16(v - hi), which keeps 16 of its 24 bits: the GEMM stays in bf16
-(|v - hi - lo| <= 2^-17 |v|), with fp32 sums.
+(cuBLAS on Hopper): ``joined`` knows which and keeps to one rounding. An fp32 operand next to bf16 ones is split into
+bf16 parts, each the rounding of what the parts before it leave, so that the GEMM stays in bf16, with fp32 sums: three
+parts hold all 24 bits, two (off by at most 2^-17) do where the result is rounded to bf16.
 """
 
 from __future__ import annotations
