@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from .errors import VerificationFailed
-from .lift import size_of
+from .sizes import size_of
 from .statistics import counts
 from .subgraph import extract, in_double
 from .view import GraphView

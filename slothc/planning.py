@@ -18,9 +18,11 @@ from slothc.gradients.plan import Operand, Pass, Plan
 from slothc.gradients.program import Input, Output, Program
 from slothc.gradients.reverse import NotDifferentiable, derive
 
-from .lift import STORAGE, CannotLift, Lifted, shape_of, size_of
+from .lift import CannotLift, Lifted
 from .lift_forms import same
+from .lift_loader import STORAGE
 from .saving import saved_stages
+from .sizes import shape_of, size_of
 from .statistics import counts
 from .view import GraphView
 

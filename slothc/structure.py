@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from .lift import shape_of
 from .regions import Cone
+from .sizes import shape_of
 from .view import GraphView
 
 

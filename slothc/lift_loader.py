@@ -1,0 +1,136 @@
+"""Loads: the scalar at an index of a node's value, as an expression over loads of a region's operands."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sympy as sp
+import torch
+from torch import fx
+
+from slothc.gradients.geometry import Access, Form
+from slothc.gradients.program import Input, Kind, Reduce, Stage, symbol
+
+from .lift_complex import Pair
+from .lift_scalars import number
+from .lift_space import Space
+from .sizes import shape_of
+from .view import GraphView
+
+STORAGE = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int32: "i32",
+           torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8", torch.bool: "bool"}  # fmt: skip
+
+
+class CannotLift(Exception):
+    """The region has no row program; ``node`` is where it shows. Its value may become an operand instead."""
+
+    def __init__(self, node: fx.Node, reason: str) -> None:
+        super().__init__(reason)
+        self.node, self.reason = node, reason
+
+
+class Loader:
+    """Scalars of one evaluation over a fixed space: ``load`` gives a node's value at an index, by the handler ``_<kind>`` of its op."""
+
+    def __init__(self, view: GraphView, region: set[fx.Node], space: Space) -> None:
+        self.view, self.region, self.space = view, region, space
+        self.at: fx.Node | None = None
+        self.memo: dict[tuple[fx.Node, tuple[Form, ...]], Any] = {}
+        self.inputs: list[Input] = []
+        self.loads: list[Access | None] = []
+        self.leaves: list[fx.Node] = []
+        self.stages: list[Stage] = []
+
+    # stages
+
+    def _stage(self, expr: sp.Expr | Reduce, dtype: str | None, force: bool = False, detached: bool = False) -> sp.Symbol:
+        if isinstance(expr, sp.Expr) and expr.is_Symbol and dtype is None and not (force and expr.name in {i.name for i in self.inputs}):
+            return expr
+        name = f"v{len(self.stages)}"
+        self.stages.append(Stage(name, expr, dtype, detached))
+        return symbol(name)
+
+    def _round(self, expr: sp.Expr, node: fx.Node) -> sp.Expr:
+        """The value as the node stores it."""
+        if isinstance(expr, Pair):
+            return expr
+        dtype = STORAGE.get(self.view.dtype(node))
+        if dtype in ("bf16", "fp16") and not expr.is_number:
+            return self._stage(expr, dtype)
+        return expr if expr.is_Symbol or expr.is_number else self._stage(expr, None)
+
+    # loaders
+
+    def load(self, node: Any, index: tuple[Form, ...]) -> sp.Expr:
+        """The scalar at ``index`` of a node's value, or a number."""
+        if not isinstance(node, fx.Node):
+            return number(node)
+        key = (node, index)
+        if key not in self.memo:
+            if node not in self.region:
+                self.memo[key] = self._leaf(node, index)
+            else:
+                self.at = node
+                handler = getattr(self, f"_{self.view.op(node).kind}", None)
+                if handler is None:
+                    raise CannotLift(node, f"{self.view.op(node).kind} has no scalar formula")
+                self.memo[key] = handler(node, self.view.op(node), index)
+        return self.memo[key]
+
+    def _broadcast(self, arg: Any, index: tuple[Form, ...]) -> sp.Expr:
+        """An argument of a pointwise node, aligned on the right; dimensions of size 1 are read at 0."""
+        if not isinstance(arg, fx.Node):
+            return number(arg)
+        if not isinstance(self.view.example(arg), torch.Tensor):
+            raise CannotLift(arg, "a number known only at run time takes part in the arithmetic")
+        shape = shape_of(self.view, arg)
+        index = index[len(index) - len(shape) :]
+        return self.load(arg, tuple(f if s != 1 or self._single(f) else Form() for f, s in zip(index, shape)))
+
+    def _single(self, form: Form) -> bool:
+        """Whether the form is the whole of axes that have size 1 here: such a dimension is an axis, not a broadcast."""
+        return bool(form.terms) and all(self.space.axes[a] == 1 for a in form.axes)
+
+    def _leaf(self, node: fx.Node, index: tuple[Form, ...]) -> sp.Expr | Pair:
+        value = self.view.example(node)
+        if not isinstance(value, torch.Tensor):
+            raise CannotLift(node, "a number known only at run time takes part in the arithmetic")
+        if value.dtype == torch.complex64 and not self.view.needs_grad(node):
+            return Pair(*(self._real_leaf(node, (*index, Form.of(k)), torch.float32) for k in range(2)))
+        return self._real_leaf(node, index, value.dtype)
+
+    def _real_leaf(self, node: fx.Node, index: tuple[Form, ...], dtype: torch.dtype) -> sp.Expr:
+        if dtype not in STORAGE:
+            raise CannotLift(node, f"its dtype is {str(dtype).removeprefix('torch.')}")
+        tensor = self._operand(node, index)
+        access = Access(tensor, index)
+        kind = Kind(bool(access.axes - {self.space.lane}), self.space.lane in access.axes)
+        stem = {(True, True): "x", (False, True): "w", (True, False): "s", (False, False): "c"}[kind.rows, kind.lanes]
+        count = sum(i.name.rstrip("0123456789") == stem for i in self.inputs)
+        grad = self.view.needs_grad(node) and dtype.is_floating_point
+        self.inputs.append(Input(f"{stem}{count or ''}", kind, STORAGE[dtype], differentiable=grad))
+        self.loads.append(access)
+        return symbol(self.inputs[-1].name)
+
+    def _operand(self, node: fx.Node, index: tuple[Form, ...]) -> int:
+        """The operand's number; a differentiable tensor read through two maps that may meet counts as two operands."""
+        for number_, leaf in enumerate(self.leaves):
+            others = [a for a in self.loads if a and a.tensor == number_]
+            if leaf is node and (not self.view.needs_grad(node) or all(self._disjoint(a.index, index) for a in others)):
+                return number_
+        self.leaves.append(node)
+        return len(self.leaves) - 1
+
+    def _disjoint(self, a: tuple[Form, ...], b: tuple[Form, ...]) -> bool:
+        """Two maps with the same axes and steps whose constants differ by no multiple of a lane step within the row."""
+        if any(f.terms != g.terms for f, g in zip(a, b)):
+            return False
+        lane, size = self.space.lane, self.space.axes.get(self.space.lane, 1)
+        for f, g in zip(a, b):
+            if f.const != g.const:
+                gap, step = abs(f.const - g.const), f.coefficient(lane)
+                below_next = all(gap < c for n, c in f.terms if n != lane)
+                if step == 0:
+                    return below_next
+                return below_next and isinstance(gap, int) and (gap % step != 0 or gap // step >= size)
+        return False
