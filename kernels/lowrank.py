@@ -124,7 +124,7 @@ class _LoraLinear(torch.autograd.Function):
             env = _operands(form, grad, {"X": x, "Xa": xa, "W": weight, "A": a, "B": b})
             env.update(zip(plan.saved, kept))
             for step in plan.backward:
-                found_as = _gradient_dtype(step.operand, form, ctx.dtypes, xa_dtype)
+                found_as = _gradient_dtype(step.operand, ctx.dtypes, x_dtype, xa_dtype)
                 env[step.name] = value = step(env, ctx.scale, found_as)
                 if step.operand:
                     found[step.operand] = value
@@ -150,15 +150,13 @@ def _operands(form: _Form, grad: torch.Tensor, saved: Mapping[str, torch.Tensor 
 
 
 def _gradient_dtype(
-    operand: str | None, form: _Form, dtypes: Mapping[str, torch.dtype | None], xa: torch.dtype | None
+    operand: str | None, dtypes: Mapping[str, torch.dtype | None], x: torch.dtype, xa: torch.dtype | None
 ) -> torch.dtype | None:
-    """A weight's gradient is made in the weight's own dtype, x's in the compute dtype; intermediates in their
-    operands' widest.
-    """
+    """A gradient is made in its operand's own dtype; intermediates in their operands' widest."""
     if operand is None:
         return None
     if operand == "X":
-        return form.low
+        return x
     return xa if operand == "Xa" else dtypes[operand]
 
 

@@ -13,7 +13,7 @@ from slothc.gradients.plan import Plan
 from slothc.patterns.rule import Match, Miss
 
 from .catalogue import STRUCTURAL, UNNAMED
-from .lift import CannotLift, lift
+from .lift import CannotLift, lift, shape_of
 from .naming import Part, parts
 from .options import Options
 from .planning import plan
@@ -121,7 +121,7 @@ def _region(found: Found, growth: Growth, cone: Cone) -> Region | None:
 
 
 def _report(found: Found, cone: Cone, node: fx.Node, reason: str) -> None:
-    if len(cone.nodes) > 1 and not any(m.node is node and m.reason == reason for m in found.misses):
+    if len(cone.nodes) > 1 and found.view.op(node).kind != "reshape" and not any(m.node is node and m.reason == reason for m in found.misses):
         found.misses.append(Miss(UNNAMED, node, reason))
 
 
@@ -138,15 +138,25 @@ def _learn(view: GraphView, cone: Cone, nodes: list[fx.Node], inputs: list[fx.No
         lifted = lift(view, set(cone.nodes), cone.results)
         made = plan(view, lifted)
     except CannotLift as error:
-        barred = nodes.index(error.node) if error.node in cone.nodes else _reader(error.node, nodes)
-        return _Known(None, (), (), barred, error.reason)
+        return _Known(None, (), (), _barrier(view, error.node, nodes), error.reason)
     named = [(p.rule, nodes.index(p.node), tuple(nodes.index(n) for n in p.nodes)) for p in parts(view, cone)]
     return _Known(made, tuple(inputs.index(leaf) for leaf in lifted.leaves), tuple(named))
 
 
-def _reader(leaf: fx.Node, nodes: list[fx.Node]) -> int | None:
-    """The first node of the cone that reads an operand which cannot be one."""
-    return next((k for k, n in enumerate(nodes) if leaf in n.all_input_nodes), None)
+def _barrier(view: GraphView, node: fx.Node, nodes: list[fx.Node]) -> int | None:
+    """Where to cut a cone that has no formula at ``node``: the first reader of an operand that cannot be one, the reshape that gives a
+    reduction's row another length than the result's, or the node itself.
+    """
+    if node not in nodes:
+        return next((k for k, n in enumerate(nodes) if node in n.all_input_nodes), None)
+    if view.op(node).kind in ("reduce", "norm", "softmax"):
+        behind = {node}
+        for k, n in enumerate(nodes):
+            if behind.intersection(n.all_input_nodes):
+                behind.add(n)
+                if view.op(n).kind == "reshape" and shape_of(view, n)[-1:] != shape_of(view, node)[-1:]:
+                    return k
+    return nodes.index(node)
 
 
 def _worthwhile(view: GraphView, region: Region, options: Options) -> bool:

@@ -157,13 +157,22 @@ def _match_job(view: GraphView, match: Match) -> _Job | None:
     missing = [a for a in arguments if isinstance(a, fx.Node) and a not in inputs]
     value = view.value(match.node)
     tensors = [n for n in inputs if isinstance(view.example(n), torch.Tensor)]
-    text = " ".join(f"{shape_of(view, n)[-2:]}{view.value(n).dtype}{view.needs_grad(n)}" for n in tensors)
+    text = " ".join(f"{_widths(view, n)}{view.value(n).dtype}{view.needs_grad(n)}" for n in tensors)
     static = {k: v for k, v in match.attrs.items() if isinstance(v, int | float | str | bool | torch.dtype | None)}
     numbers = [a for a in arguments if not isinstance(a, fx.Node)]
-    key = f"{match.rule} {text} {static} {numbers} {len(nodes)} {value.device}"
+    autocast = torch.is_autocast_enabled(value.device.type) if value.device.type != "meta" else False
+    key = f"{match.rule} {text} {static} {numbers} {len(nodes)} {value.device} {autocast}"
     if missing:
         return None
     return _Job(key, value.device, list(nodes), inputs, (match.node,), ours, match.rule != "attention")
+
+
+def _widths(view: GraphView, node: fx.Node) -> tuple[Any, ...]:
+    """The sizes that tell one rewrite from another: all of a weight's, an activation's width; never a batch's or a sequence's."""
+    shape = shape_of(view, node)
+    if not view.value(node).is_floating_point():
+        return (len(shape),)
+    return shape if len(shape) <= 2 else shape[-1:]
 
 
 def _between(node: fx.Node, leaves: set[fx.Node]) -> set[fx.Node]:
