@@ -52,6 +52,9 @@ class _Reverse:
         return active
 
     def run(self) -> Program:
+        kinds = [self.program.out_kind(out) for out in self.program.outputs]
+        if any(k.rows for k in kinds) and not all(k.rows for k in kinds):
+            raise NotDifferentiable("a result without rows beside results with rows: its cotangent would count once for every row")
         for out in self.program.outputs:
             cotangent = Input(f"g_{out.name}", self.program.out_kind(out), out.dtype, differentiable=False)
             self.cotangents.append(cotangent)

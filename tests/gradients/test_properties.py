@@ -27,7 +27,7 @@ from slothc.gradients.functions import (
     softplus,
 )
 from slothc.gradients.program import COLUMN, CONST, ROW, SCALAR, Input, Kind, Output, Program, Reduce, Stage, symbol
-from slothc.gradients.reverse import derive
+from slothc.gradients.reverse import NotDifferentiable, derive
 from slothc.gradients.verify import evaluate, witness
 
 spec = importlib.util.spec_from_file_location("programs", Path(__file__).with_name("programs.py"))
@@ -305,16 +305,16 @@ def test_softmax_is_right_where_its_maximum_ties() -> None:
     against_autograd(programs.softmax(), {"x": TIES}, 3, 4)
 
 
-@pytest.mark.xfail(strict=True, reason="over_rows sums a cotangent that has no rows once for every row")
-def test_a_column_result_takes_its_own_cotangent_once() -> None:
-    """A result without rows beside one with rows: its cotangent must not be counted once for every row."""
+def test_a_column_result_beside_rows_is_refused() -> None:
+    """A result without rows beside one with rows: its cotangent would be counted once for every row."""
     w = symbol("w")
     p = Program(
         (Input("x", ROW), Input("w", COLUMN)),
         (Stage("v", sp.exp(w)), Stage("y", x * symbol("v"))),
         (Output("v", "v"), Output("y", "y")),
     )
-    assert witness(p, rows=3).worst < 1e-25
+    with pytest.raises(NotDifferentiable, match="without rows"):
+        derive(p)
 
 
 @pytest.mark.parametrize("op", ["sum", "max", "logsumexp"])

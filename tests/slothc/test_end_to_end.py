@@ -38,11 +38,7 @@ COUNTS: dict[str, dict[str, int]] = {
 # deepseek_v3: one dense layer, one of experts. mixtral: every token meets every expert, or else two correct bf16 programs may choose
 # different ones, and the distance says nothing about either.
 SETTINGS = {"deepseek_v3": {"first_k_dense_replace": 1}, "mixtral": {"num_experts_per_tok": 4}}
-# counts that are not reached yet: strict, so that reaching them is noticed
-GAPS = {
-    "olmo2": "its q and k norms, over all heads, and the rotation after them meet in one region, cut at the norm's mean",
-}
-NAMES = [pytest.param(n, marks=pytest.mark.xfail(reason=GAPS[n], strict=True)) if n in GAPS else n for n in COUNTS]
+NAMES = list(COUNTS)
 DTYPES = (torch.float32, torch.bfloat16)
 
 

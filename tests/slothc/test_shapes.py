@@ -55,7 +55,6 @@ def test_7_eight_shapes_compile_no_more_than_a_backend_that_does_nothing(shapes:
     assert len(set(after[2:])) == 1 if expected == 3 else len(set(after[4:])) == 1, after
 
 
-@pytest.mark.xfail(reason="the verdicts of structural rules are kept by sequence length", strict=True)
 def test_7_no_plan_is_derived_or_checked_again_for_a_new_size() -> None:
     torch._dynamo.reset()
     owner = tm.model("qwen3")
