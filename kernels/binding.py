@@ -170,12 +170,6 @@ def _product(expr: Size) -> tuple[int, list[str]]:
     return int(factor), symbols if len(symbols) == len(sp.Mul.make_args(rest)) else []
 
 
-def clear(reads: Sequence[Tensor], writes: Sequence[Tensor]) -> None:
-    """The launch of a pass over no rows or no lanes: a sum of nothing is zero."""
-    for w in writes:
-        w.zero_()
-
-
 def _empty(shape: tuple[int, ...], operand: Operand, device: torch.device) -> Tensor:
     order = operand.order
     make = torch.zeros if operand.zero else torch.empty

@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from slothc.gradients.plan import Pass
 from slothc.gradients.program import Input, Program, Reduce, Stage
 from torch import Tensor
 
-from .binding import DTYPE, Binder, Bound, Placement, clear, fold_rows, put
+from .binding import DTYPE, Bound, Placement, fold_rows, put
 from .cache import load
 from .expression import TORCH, render
+from .records import Launch, Recorded, clear
 
 SLICE = int(os.environ.get("SLOTH_CPU_SLICE", 1 << 16))      # elements of an input in one slice: 256 KiB of fp32
 
@@ -54,30 +54,14 @@ def _equation(stage: Stage) -> str:
     return text
 
 
-class TorchLauncher:
-    """Runs pass ``p`` with PyTorch operations; the calls are those of ``TritonLauncher``."""
-
-    def __init__(self, p: Pass) -> None:
-        self.p, self.binder = p, Binder(p)
-        self.records: dict[tuple, Callable[[Sequence[Tensor], Sequence[Tensor]], None]] = {}
+class TorchLauncher(Recorded):
+    """Runs a pass with PyTorch operations."""
 
     @functools.cached_property
     def run(self) -> Callable[..., tuple[Any, ...]]:
         return load(f"rowwise_torch_{self.p.key}", source(self.p.program)).run
 
-    def __call__(self, reads: Sequence[Tensor], writes: Sequence[Tensor] | None = None) -> list[Tensor]:
-        results = self.binder.allocate(reads) if writes is None else list(writes)
-        key = tuple((t.shape, t.stride()) for t in (*reads, *results))
-        record = self.records.get(key)
-        if record is None:
-            record = self.records[key] = self._prepare(reads, results)
-            if len(self.records) > 512:
-                self.records.pop(next(iter(self.records)))
-        with torch.no_grad():
-            record(reads, results)
-        return results
-
-    def _prepare(self, reads: Sequence[Tensor], writes: Sequence[Tensor]) -> Callable[[Sequence[Tensor], Sequence[Tensor]], None]:
+    def _prepare(self, reads: Sequence[Tensor], writes: Sequence[Tensor]) -> Launch:
         bound, program = self.binder.bind(reads, writes), self.p.program
         if bound.rows == 0 or bound.lanes == 0:
             return clear
@@ -85,6 +69,7 @@ class TorchLauncher:
         step = max(1, bound.shape[axis] * SLICE // (bound.rows * bound.lanes))
         index = torch.arange(bound.lanes, dtype=torch.float32, device=reads[0].device).view(*(1 for _ in bound.shape), -1)
 
+        @torch.no_grad()
         def launch(reads: Sequence[Tensor], writes: Sequence[Tensor]) -> None:
             inputs = [_input(i, place, reads, bound, index) for i, place in zip(program.inputs, bound.loads)]
             outputs = [self._target(k, writes, bound) for k in range(len(program.outputs))]

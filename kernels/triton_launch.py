@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,9 @@ import torch
 from slothc.gradients.plan import Pass
 from torch import Tensor
 
-from .binding import Binder, Bound, clear, fold_rows, put
+from .binding import Bound, fold_rows, put
 from .cache import load
+from .records import Launch, Recorded, clear
 from .triton_source import Groups, arguments, source
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -78,31 +79,19 @@ def _power(n: int) -> int:
     return 1 << max(0, (n - 1).bit_length())
 
 
-class TritonLauncher:
-    """Runs pass ``p`` on operands: ``launcher(reads)`` allocates the results, ``launcher(reads, writes)`` fills the given ones."""
+class TritonLauncher(Recorded):
+    """Runs a pass with its Triton kernels, one for each way in which row axes merge."""
 
     def __init__(self, p: Pass) -> None:
-        self.p, self.binder = p, Binder(p)
+        super().__init__(p)
         self.kernels: dict[tuple[Groups, bool], Any] = {}
-        self.records: dict[tuple, Callable[[Sequence[Tensor], Sequence[Tensor]], None]] = {}
-
-    def __call__(self, reads: Sequence[Tensor], writes: Sequence[Tensor] | None = None) -> list[Tensor]:
-        results = self.binder.allocate(reads) if writes is None else list(writes)
-        key = (tuple((t.shape, t.stride()) for t in (*reads, *results)), reads[0].device)
-        record = self.records.get(key)
-        if record is None:
-            record = self.records[key] = self._prepare(reads, results)
-            if len(self.records) > 512:
-                self.records.pop(next(iter(self.records)))
-        record(reads, results)
-        return results
 
     def _kernel(self, groups: Groups, loop: bool) -> Any:
         if (groups, loop) not in self.kernels:
             self.kernels[groups, loop] = load(f"rowwise_{self.p.key}", source(self.p, groups, loop)).kernel
         return self.kernels[groups, loop]
 
-    def _prepare(self, reads: Sequence[Tensor], writes: Sequence[Tensor]) -> Callable[[Sequence[Tensor], Sequence[Tensor]], None]:
+    def _prepare(self, reads: Sequence[Tensor], writes: Sequence[Tensor]) -> Launch:
         p, device = self.p, reads[0].device
         bound = self.binder.bind(reads, writes)
         outputs = p.program.outputs

@@ -233,23 +233,13 @@ def _op(
 
 
 @_op.register_fake
-def _op_fake(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor | None,
-    chain: str,
-    ignore_index: int,
-    smoothing: float,
-    reduction: str,
-    dtype: torch.dtype,
-    wants: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    loss = Loss(chain, ignore_index, smoothing, reduction, dtype)
-    shape = hidden.shape[:1] if reduction == "none" else ()
+def _op_fake(hidden: Tensor, weight: Tensor, bias: Any, labels: Any, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *arguments, wants = rest
+    loss = Loss(*arguments)
+    shape = hidden.shape[:1] if loss.reduction == "none" else ()
     now = _three(wants) if _in_forward(loss, _three(wants)) else (False, False, False)
     grads = _fake_gradients(hidden, weight, now)
-    return (hidden.new_empty(shape, dtype=dtype), hidden.new_empty(shape, dtype=torch.float32), *grads)
+    return (hidden.new_empty(shape, dtype=loss.dtype), hidden.new_empty(shape, dtype=torch.float32), *grads)
 
 
 @torch.library.custom_op("sloth::linear_cross_entropy_gradients", mutates_args=())
@@ -271,19 +261,8 @@ def _gradients_op(
 
 
 @_gradients_op.register_fake
-def _gradients_fake(
-    upstream: Tensor,
-    factor: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor | None,
-    chain: str,
-    ignore_index: int,
-    smoothing: float,
-    wants: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _fake_gradients(hidden, weight, _three(wants))
+def _gradients_fake(upstream: Tensor, factor: Tensor, hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _fake_gradients(hidden, weight, _three(rest[-1]))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
