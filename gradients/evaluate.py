@@ -50,7 +50,7 @@ class _Printer(MpmathPrinter):
 
 
 def _namespace() -> dict[str, Any]:
-    rules = {f"rule_{f.__name__}": f.rule for f in VOCABULARY}  # type: ignore[attr-defined]
+    rules = {f"rule_{f.__name__}": f.rule for f in VOCABULARY}
     return {**vars(mpmath), "mpmath": mpmath, "max": max, "min": min, "abs": abs, **rules}
 
 

@@ -12,10 +12,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from slothc.gradients.matrix import ONES
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .lowrank_program import OPERANDS, program, straight
@@ -34,7 +35,7 @@ class _Form:
     layout: str
 
     def env(
-        self, x: torch.Tensor, xa: torch.Tensor | None, tensors: Mapping[str, torch.Tensor | None]
+        self, x: Tensor, xa: Tensor | None, tensors: Mapping[str, Tensor | None]
     ) -> dict[str, Matrix]:
         """Operands as matrices in their compute dtypes."""
         env: dict[str, Matrix] = {"X": _rows(x).to(self.low)}
@@ -49,14 +50,14 @@ class _Form:
         return env
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
+def _rows(x: Tensor) -> Tensor:
     """[..., n] as [rows, n]: a view where strides allow, and with a unit stride so that no GEMM copies it again."""
     if x.dim() != 2:
         x = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(_count(x), x.shape[-1])
     return x if 1 in x.stride() else x.contiguous()
 
 
-def _count(x: torch.Tensor) -> int:
+def _count(x: Tensor) -> int:
     rows = 1
     for size in x.shape[:-1]:
         rows *= size
@@ -69,24 +70,32 @@ def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     return _NOTHING
 
 
-def _form(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, out: Any, adapter: Any, layout: str) -> _Form:
-    low = out or weight.dtype
+class _Options(NamedTuple):
+    """The operator's last arguments; the dispatcher leaves out those that are at their defaults."""
+
+    out_dtype: torch.dtype | None = None
+    adapter_dtype: torch.dtype | None = None
+    layout: str = "nk"
+
+
+def _form(weight: Tensor, a: Tensor, b: Tensor, options: _Options) -> _Form:
+    low, adapter = options.out_dtype or weight.dtype, options.adapter_dtype
     if adapter is None:  # a base that is cast (autocast) has its adapter cast with it
         adapter = low if weight.dtype is not low else torch.promote_types(a.dtype, b.dtype)
-    return _Form(low, torch.promote_types(low, adapter) if adapter not in LOW or low not in LOW else low, layout)
+    return _Form(low, torch.promote_types(low, adapter) if adapter not in LOW or low not in LOW else low, options.layout)
 
 
 def _forward(
-    x: torch.Tensor,
-    xa: torch.Tensor | None,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    a: torch.Tensor,
-    b: torch.Tensor,
+    x: Tensor,
+    xa: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
     scale: float,
     form: _Form,
     wanted: tuple[str, ...],
-) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The result [..., N] and the intermediates that the gradients of ``wanted`` read."""
     plan = program(form.layout, bias is not None, xa is None, wanted)
     with _without_autocast(x.device):
@@ -99,10 +108,20 @@ def _forward(
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, xa, weight, bias, a, b, scale, out_dtype, adapter_dtype, layout):
-        ctx.form = _form(weight, a, b, out_dtype, adapter_dtype, layout)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        xa: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scale: float,
+        form: _Form,
+    ) -> Tensor:
+        ctx.form = form
         ctx.wanted = tuple(name for name, wanted in zip(OPERANDS, ctx.needs_input_grad) if wanted)
-        ctx.key = (layout, bias is not None, xa is None, ctx.wanted)
+        ctx.key = (form.layout, bias is not None, xa is None, ctx.wanted)
         ctx.scale = scale
         y, kept = _forward(x, xa, weight, bias, a, b, scale, ctx.form, ctx.wanted)
         reads = program(*ctx.key).reads
@@ -115,11 +134,11 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         plan, form = program(*ctx.key), ctx.form
         shape, x_dtype, xa_dtype, _ = ctx.shapes
         x, xa, weight, _, a, b, *kept = ctx.saved_tensors
-        found: dict[str, torch.Tensor] = {}
+        found: dict[str, Tensor] = {}
         with _without_autocast(grad.device):
             env = _operands(form, grad, {"X": x, "Xa": xa, "W": weight, "A": a, "B": b})
             env.update(zip(plan.saved, kept))
@@ -133,10 +152,10 @@ class _LoraLinear(torch.autograd.Function):
                 found[name] = found[name].view(shape).to(dtype)
         if "b" in found:
             found["b"] = found["b"].squeeze(1)
-        return (*(found.get(name) for name in OPERANDS), None, None, None, None)
+        return (*(found.get(name) for name in OPERANDS), None, None)
 
 
-def _operands(form: _Form, grad: torch.Tensor, saved: Mapping[str, torch.Tensor | None]) -> dict[str, Matrix]:
+def _operands(form: _Form, grad: Tensor, saved: Mapping[str, Tensor | None]) -> dict[str, Matrix]:
     env: dict[str, Matrix] = {"G": _rows(grad)}
     env[ONES] = Ones(env["G"].shape[0])
     for name, tensor in saved.items():
@@ -161,12 +180,12 @@ def _gradient_dtype(
 
 
 def _check(
-    x: torch.Tensor,
-    xa: torch.Tensor | None,
-    weight: torch.Tensor,
+    x: Tensor,
+    xa: Tensor | None,
+    weight: Tensor,
     bias: Any,
-    a: torch.Tensor,
-    b: torch.Tensor,
+    a: Tensor,
+    b: Tensor,
     layout: str,
 ) -> None:
     if layout not in LAYOUTS:
@@ -190,7 +209,15 @@ def _check(
         raise ValueError(f"lora_linear: bias {tuple(bias.shape)} is not [{n}]")
 
 
-def _uniform(x, xa, weight, bias, a, b, out_dtype, adapter_dtype) -> bool:
+def _uniform(
+    x: Tensor,
+    xa: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    options: _Options,
+) -> bool:
     """Whether everything is of one dtype that the device multiplies natively, without a bias."""
     dtype = x.dtype
     return (
@@ -199,8 +226,8 @@ def _uniform(x, xa, weight, bias, a, b, out_dtype, adapter_dtype) -> bool:
         and a.dtype is dtype
         and b.dtype is dtype
         and (xa is None or xa.dtype is dtype)
-        and (out_dtype is None or out_dtype is dtype)
-        and (adapter_dtype is None or adapter_dtype is dtype)
+        and (options.out_dtype is None or options.out_dtype is dtype)
+        and (options.adapter_dtype is None or options.adapter_dtype is dtype)
         and native(x.device.type, dtype)
     )
 
@@ -209,7 +236,7 @@ class _Uniform(torch.autograd.Function):
     """The straight-line program: few Python steps around the GEMMs."""
 
     @staticmethod
-    def forward(ctx, x, xa, weight, a, b, scale, layout):
+    def forward(ctx: Any, x: Tensor, xa: Tensor | None, weight: Tensor, a: Tensor, b: Tensor, scale: float, layout: str) -> Tensor:
         needs = ctx.needs_input_grad
         wanted = tuple(name for name, need in zip(("X", "Xa", "W", "A", "B"), needs) if need)
         code = straight(layout, xa is None, wanted, x.dtype in LOW and widens(x.device))
@@ -229,7 +256,7 @@ class _Uniform(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, xa, *others = ctx.saved_tensors
         with _without_autocast(grad.device):
             rows = (None if t is None else _rows(t) for t in (grad, x, xa))
@@ -242,21 +269,24 @@ class _Uniform(torch.autograd.Function):
         )
 
 
-def _autograd(x, xa, weight, bias, a, b, scale, out_dtype=None, adapter_dtype=None, layout="nk"):
-    _check(x, xa, weight, bias, a, b, layout)
-    if _uniform(x, xa, weight, bias, a, b, out_dtype, adapter_dtype):
-        return _Uniform.apply(x, xa, weight, a, b, scale, layout)
-    return _LoraLinear.apply(x, xa, weight, bias, a, b, scale, out_dtype, adapter_dtype, layout)
+def _autograd(x: Tensor, xa: Tensor | None, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, *last: Any) -> Tensor:
+    options = _Options(*last)
+    _check(x, xa, weight, bias, a, b, options.layout)
+    if _uniform(x, xa, weight, bias, a, b, options):
+        return _Uniform.apply(x, xa, weight, a, b, scale, options.layout)
+    return _LoraLinear.apply(x, xa, weight, bias, a, b, scale, _form(weight, a, b, options))
 
 
-def _plain(x, xa, weight, bias, a, b, scale, out_dtype=None, adapter_dtype=None, layout="nk"):
-    _check(x, xa, weight, bias, a, b, layout)
-    return _forward(x, xa, weight, bias, a, b, scale, _form(weight, a, b, out_dtype, adapter_dtype, layout), ())[0]
+def _plain(x: Tensor, xa: Tensor | None, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, *last: Any) -> Tensor:
+    options = _Options(*last)
+    _check(x, xa, weight, bias, a, b, options.layout)
+    return _forward(x, xa, weight, bias, a, b, scale, _form(weight, a, b, options), ())[0]
 
 
-def _fake(x, xa, weight, bias, a, b, scale, out_dtype=None, adapter_dtype=None, layout="nk"):
-    _check(x, xa, weight, bias, a, b, layout)
-    return x.new_empty((*x.shape[:-1], b.shape[0]), dtype=out_dtype or weight.dtype)
+def _fake(x: Tensor, xa: Tensor | None, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, *last: Any) -> Tensor:
+    options = _Options(*last)
+    _check(x, xa, weight, bias, a, b, options.layout)
+    return x.new_empty((*x.shape[:-1], b.shape[0]), dtype=options.out_dtype or weight.dtype)
 
 
 _LIBRARY = torch.library.Library("sloth", "FRAGMENT")
@@ -270,17 +300,17 @@ torch.library.register_fake("sloth::lora_linear", _fake, lib=_LIBRARY)
 
 
 def lora_linear(
-    x: torch.Tensor,
-    xa: torch.Tensor | None,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    a: torch.Tensor,
-    b: torch.Tensor,
+    x: Tensor,
+    xa: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
     scale: float,
     out_dtype: torch.dtype | None = None,
     layout: str = "nk",
     adapter_dtype: torch.dtype | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """x W' + bias + scale * (xa A') B', summed in fp32 and rounded once to ``out_dtype``.
 
     x [..., K]; xa [..., K] what the adapter reads, None for x itself; weight [N, K], or [K, N] for ``layout`` "kn";

@@ -55,9 +55,9 @@ def witnesses(name: str) -> tuple[str, bool]:
     table = Table("sample", "witness", "of", "error", "allowed", "", title=f"{rule.name}: {rule.math}")
     for v in verdicts:
         table.add_row(v.sample, v.witness, v.of, f"{v.error:.1e}", f"{v.allowed:.1e}", "ok" if v.passed else "WRONG")
-    console = Console(file=io.StringIO(), width=120, markup=False, emoji=False)
-    console.print(table)
-    return console.file.getvalue().rstrip(), bool(verdicts) and all(v.passed for v in verdicts)  # type: ignore[attr-defined]
+    text = io.StringIO()
+    Console(file=text, width=120, markup=False, emoji=False).print(table)
+    return text.getvalue().rstrip(), bool(verdicts) and all(v.passed for v in verdicts)
 
 
 def _verdicts(rule: Rule, sample: Sample) -> Iterator[Verdict]:

@@ -67,7 +67,7 @@ def _with_lora(model: torch.nn.Module) -> Any:
     from peft import LoraConfig, get_peft_model
 
     adapters = LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-    return get_peft_model(model, adapters)  # type: ignore[arg-type]
+    return get_peft_model(model, adapters)
 
 
 def _longest(config: PreTrainedConfig) -> int:
