@@ -16,6 +16,7 @@ class Operand:
 
     ``order``: its dimensions from the outermost in memory to the innermost; results are allocated that way. ``zero``: a result that the
     pass fills only in part starts as zeros. ``complex``: a complex tensor, read as one of pairs [..., 2].
+    ``number``: no tensor but a Python number that differs from call to call.
     """
 
     shape: tuple[Size, ...]
@@ -23,6 +24,7 @@ class Operand:
     order: tuple[int, ...] | None = None
     zero: bool = False
     complex: bool = False
+    number: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Pass:
         head = f"axes {', '.join(f'{a.name}:{a.size}' for a in self.axes)}; lane {self.lane.name}:{self.lane.size}"
         loads = "; ".join(f"{i.name}={a}" for i, a in zip(self.program.inputs, self.loads))
         stores = "; ".join(f"{o.name}={a}" for o, a in zip(self.program.outputs, self.stores))
-        tensors = "; ".join(f"{t.shape} {t.dtype} {t.order} {t.zero}" for t in self.reads + self.writes)
+        tensors = "; ".join(f"{t.shape} {t.dtype} {t.order} {t.zero} {t.complex} {t.number}" for t in self.reads + self.writes)
         head += "".join(f"; {n} = {e}" for n, e in self.sizes)
         return "\n".join((head, self.program.text(), loads, stores, tensors))
 

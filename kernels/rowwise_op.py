@@ -51,12 +51,12 @@ def _backward(plan: Plan, reads: Sequence[Tensor]) -> list[Tensor]:
 def call(plan: Plan) -> Callable[..., Any]:
     """The plan as a function of its operands: one tensor, or a tuple where the region has several results."""
     forward, saved = launcher(plan.forward), plan.results
-    pairs = [o.complex for o in plan.forward.reads]
+    plain = not any(o.complex or o.number for o in plan.forward.reads)
     register(plan)
 
-    def run(*operands: Tensor) -> Any:
-        if any(pairs):
-            operands = tuple(torch.view_as_real(t) if c else t for t, c in zip(operands, pairs))
+    def run(*operands: Any) -> Any:
+        if not plain:
+            operands = _as_tensors(plan, operands)
         if torch.compiler.is_compiling() or isinstance(operands[0], torch._subclasses.FakeTensor):
             results = torch.ops.sloth.rowwise(list(operands), plan.key)[:saved]
             return results[0] if saved == 1 else tuple(results)
@@ -67,6 +67,15 @@ def call(plan: Plan) -> Callable[..., Any]:
 
     run.__name__ = f"rowwise_{plan.key}"
     return run
+
+
+def _as_tensors(plan: Plan, operands: Sequence[Any]) -> tuple[Tensor, ...]:
+    """Complex operands as pairs, numbers as tensors without dimensions beside the others."""
+    device = next(t.device for t in operands if isinstance(t, Tensor))
+    kinds = zip(operands, plan.forward.reads)
+    return tuple(
+        torch.view_as_real(t) if o.complex else torch.full((), float(t), device=device) if o.number else t for t, o in kinds
+    )
 
 
 _library = torch.library.Library("sloth", "FRAGMENT")

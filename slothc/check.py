@@ -151,6 +151,8 @@ def _hint(value: Any) -> Any:
     if isinstance(value, torch.SymInt):
         hint = value.node.hint
         return int(hint) if hint is not None else int(size_of(value))
+    if isinstance(value, torch.SymFloat):
+        return float(value.node.hint) if value.node.hint is not None else 0.5
     return value
 
 

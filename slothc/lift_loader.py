@@ -81,11 +81,17 @@ class Loader:
         """An argument of a pointwise node, aligned on the right; dimensions of size 1 are read at 0."""
         if not isinstance(arg, fx.Node):
             return number(arg)
-        if not isinstance(self.view.example(arg), torch.Tensor):
-            raise CannotLift(arg, "a number known only at run time takes part in the arithmetic")
+        if isinstance(self.view.example(arg), torch.SymFloat | torch.SymInt):
+            return self._number(arg)
         shape = shape_of(self.view, arg)
         index = index[len(index) - len(shape) :]
         return self.load(arg, tuple(f if s != 1 or self._single(f) else Form() for f, s in zip(index, shape)))
+
+    def _number(self, node: fx.Node) -> sp.Expr:
+        """A number known only at run time: an operand without dimensions."""
+        if (node, ()) not in self.memo:
+            self.memo[node, ()] = self._real_leaf(node, (), torch.float32)
+        return self.memo[node, ()]
 
     def _single(self, form: Form) -> bool:
         """Whether the form is the whole of axes that have size 1 here: such a dimension is an axis, not a broadcast."""
@@ -94,7 +100,7 @@ class Loader:
     def _leaf(self, node: fx.Node, index: tuple[Form, ...]) -> sp.Expr | Pair:
         value = self.view.example(node)
         if not isinstance(value, torch.Tensor):
-            raise CannotLift(node, "a number known only at run time takes part in the arithmetic")
+            raise CannotLift(node, "its value is no tensor")
         if value.dtype == torch.complex64 and not self.view.needs_grad(node):
             return Pair(*(self._real_leaf(node, (*index, Form.of(k)), torch.float32) for k in range(2)))
         return self._real_leaf(node, index, value.dtype)

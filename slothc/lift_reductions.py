@@ -99,7 +99,7 @@ class Reductions(Loader):
             raise CannotLift(node, f"it normalises {len(op.params['shape'])} dimensions, not the last")
         values = self._over_lanes(source, index[:-1], node)
         x, eps = self.load(source, index), op.params["eps"]
-        eps = number(torch.finfo(self.view.dtype(source)).eps if eps is None else eps)
+        eps = self._broadcast(torch.finfo(self.view.dtype(source)).eps if eps is None else eps, ())
         if op.params["fn"] == "layer_norm":
             mean = self._mean(values)
             scale = self._stage((self._variance(values, mean) + eps) ** sp.Rational(-1, 2), None)

@@ -142,6 +142,8 @@ class _Abstract:
         return result, actual, abstract
 
     def _operand(self, node: fx.Node, accesses: Sequence[Access], named: fx.Node) -> Operand:
+        if not isinstance(self.view.example(named), torch.Tensor):
+            return Operand((), "fp32", number=True)
         value = self.view.value(named)
         pairs = value.dtype.is_complex
         shape = (*shape_of(self.view, node), *((2,) if pairs else ()))
