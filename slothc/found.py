@@ -121,7 +121,8 @@ def _region(found: Found, growth: Growth, cone: Cone) -> Region | None:
 
 
 def _report(found: Found, cone: Cone, node: fx.Node, reason: str) -> None:
-    if len(cone.nodes) > 1 and found.view.op(node).kind != "reshape" and not any(m.node is node and m.reason == reason for m in found.misses):
+    said = any(m.node is node and m.reason == reason for m in found.misses)
+    if len(cone.nodes) > 1 and found.view.op(node).kind != "reshape" and not said:
         found.misses.append(Miss(UNNAMED, node, reason))
 
 
