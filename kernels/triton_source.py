@@ -20,7 +20,11 @@ ELEMENT = {"fp32": "tl.float32", "bf16": "tl.bfloat16", "fp16": "tl.float16", "f
 
 HEADER = '''import triton
 import triton.language as tl
+'''
 
+# name -> text; in the order in which they may call one another
+HELPERS: dict[str, str] = {
+    "_tanh": '''
 
 @triton.jit
 def _tanh(x):
@@ -28,18 +32,21 @@ def _tanh(x):
     e = tl.exp(-2.0 * tl.abs(x))
     large = (1.0 - e) / (1.0 + e)
     return tl.where(tl.abs(x) < 0.2, small, tl.where(x < 0.0, -large, large))
-
+''',
+    "_log1p": '''
 
 @triton.jit
 def _log1p(x):
     u = 1.0 + x
     return tl.where(u == 1.0, x, tl.log(u) * (x / tl.where(u == 1.0, 1.0, u - 1.0)))
-
+''',
+    "_softplus": '''
 
 @triton.jit
 def _softplus(x):
     return tl.where(x > 0.0, x, 0.0) + _log1p(tl.exp(-tl.abs(x)))
-
+''',
+    "_logsumexp": '''
 
 @triton.jit
 def _logsumexp(x, ok):
@@ -47,16 +54,20 @@ def _logsumexp(x, ok):
     top = tl.max(x, axis=1)[:, None]
     base = tl.where(top == -float('inf'), 0.0, top)
     return base + tl.log(tl.sum(tl.exp(x - base), axis=1)[:, None])
-
-
-'''
+''',
+}
 
 Groups = tuple[tuple[int, ...], ...]
 
 
 def source(p: Pass, groups: Groups, loop: bool, name: str = "kernel") -> str:
     """The text of a module with one kernel ``name`` for pass ``p`` whose row axes are merged into ``groups``."""
-    return HEADER + "\n".join(_Kernel(p, groups).text(name, loop)) + "\n"
+    body = "\n".join(_Kernel(p, groups).text(name, loop)) + "\n"
+    needed: list[str] = []
+    for helper in reversed(HELPERS):                                       # a later one may call an earlier one
+        if f"{helper}(" in body + "".join(HELPERS[n] for n in needed):
+            needed.insert(0, helper)
+    return HEADER + "".join(HELPERS[n] for n in needed) + "\n\n" + body
 
 
 def arguments(p: Pass, groups: Groups) -> list[tuple[str, int, str]]:
