@@ -65,7 +65,7 @@ class _Reverse:
                 self._visit(stage)
         outputs = tuple(self._gradient(self.program.input[name]) for name in self.wrt)
         whole = Program((*self.program.inputs, *self.cotangents), (*self.program.stages, *self.stages), outputs)
-        return inlined(whole.pruned())
+        return without_aliases(whole.pruned())
 
     def _kind(self, expr: sp.Expr) -> Kind:
         return _union(self.kinds[s.name] for s in expr.free_symbols)
@@ -130,31 +130,24 @@ def _union(kinds: Iterable[Kind]) -> Kind:
     return reduce(or_, kinds, CONST)
 
 
-def inlined(program: Program) -> Program:
-    """The same program with every unrounded scalar equation that is read once, by a value of its own kind, put in its reader's place."""
-    uses: dict[str, int] = {}
-    widths = dict(program.kinds)                                          # for a reduction: the kind of its body
-    reader: dict[str, str] = {}
-    for stage in program.stages:
-        for s in stage.expr.free_symbols:
-            uses[s.name] = uses.get(s.name, 0) + int(stage.expr.count(s))
-            reader[s.name] = stage.name
-        if isinstance(stage.value, Reduce):
-            widths[stage.name] = _union(program.kinds[s.name] for s in stage.expr.free_symbols)
-    for out in program.outputs:
-        uses[out.value] = uses.get(out.value, 0) + 2
+def without_aliases(program: Program) -> Program:
+    """The same program without stages that only rename a value or hold a number.
+
+    Nothing else is merged: sympy reorders sums and distributes numbers over them (-1e4 * (1 - b) becomes 1e4 b - 1e4), which costs digits.
+    One stage for each of the model's operations keeps its order of evaluation.
+    """
     known: dict[sp.Symbol, sp.Expr] = {}
     kept: list[Stage] = []
+    results = {out.value for out in program.outputs}
     for stage in program.stages:
         value = stage.value
         if isinstance(value, Reduce):
             value = Reduce(value.op, value.body.xreplace(known))
         else:
             value = value.xreplace(known)
-            once = uses.get(stage.name, 0) == 1 and program.kinds[stage.name] == widths[reader[stage.name]]
-            if stage.dtype is None and not stage.detached and (once or value.is_Symbol or value.is_number):
+            plain = value.is_Symbol or value.is_number
+            if plain and stage.dtype is None and not stage.detached and stage.name not in results:
                 known[symbol(stage.name)] = value
-                if not any(o.value == stage.name for o in program.outputs):
-                    continue
+                continue
         kept.append(Stage(stage.name, value, stage.dtype, stage.detached))
     return Program(program.inputs, tuple(kept), program.outputs).pruned()

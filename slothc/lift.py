@@ -14,7 +14,7 @@ from torch import fx
 
 from slothc.gradients.geometry import Access, Axis, Form, Size
 from slothc.gradients.program import Kind, Output, Program
-from slothc.gradients.reverse import inlined
+from slothc.gradients.reverse import without_aliases
 
 from .lift_forms import NotAffine, Split, same
 from .lift_loader import STORAGE, CannotLift
@@ -99,7 +99,7 @@ class _Evaluation(Pointwise, Views, Reductions):
                 kind = Kind(bool(access.axes - {space.lane}), space.lane in access.axes)
                 outputs.append(Output(f"y{len(outputs) or ''}", value.name, STORAGE[self.view.dtype(node)], kind=kind))
                 stores.append(access)
-        program = inlined(Program(tuple(self.inputs), tuple(self.stages), tuple(outputs)))
+        program = without_aliases(Program(tuple(self.inputs), tuple(self.stages), tuple(outputs)))
         kept = [k for k, i in enumerate(self.inputs) if i.name in program.input]
         sizes = (("D", space.lane_count()),) if "D" in program.input else ()
         axes = tuple(Axis(a, space.axes[a]) for a in space.rows)

@@ -29,7 +29,10 @@ def divides(a: Size, b: Size) -> Size | None:
     """b / a where that is a whole number for every size, else None."""
     if isinstance(a, int) and isinstance(b, int):
         return b // a if a and b % a == 0 else None
-    quotient = sp.cancel(sp.sympify(b) / a)
+    try:
+        quotient = sp.cancel(sp.sympify(b) / a)
+    except sp.PolynomialError:
+        return None
     if quotient.is_Integer:
         return int(quotient)
     return quotient if sp.denom(quotient) == 1 else None
@@ -59,7 +62,10 @@ def _positive(difference: sp.Expr) -> bool:
     symbols = sorted(difference.free_symbols, key=lambda s: s.name)
     if not symbols:
         return False
-    moved = sp.Poly(sp.expand(difference.subs({s: s + 1 for s in symbols})), *symbols)
+    try:
+        moved = sp.Poly(sp.expand(difference.subs({s: s + 1 for s in symbols})), *symbols)
+    except sp.PolynomialError:                                            # a size with a division in it
+        return False
     return all(c >= 0 for c in moved.coeffs()) and moved.coeff_monomial(1) > 0
 
 
