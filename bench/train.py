@@ -148,18 +148,25 @@ def measure(system: str, a: argparse.Namespace) -> isolate.Result:
     numbers = iter(range(a.warmup, a.warmup + a.steps))
     times = [timed(lambda: losses.append(step(next(numbers))), a.device) for _ in range(a.steps)]
     result = {
-        "ms": statistics.median(times),
-        "min_ms": min(times),
-        "max_ms": max(times),
+        **spread(times, a.batch * a.seq),
         "first_step_s": first,
         "peak_gib": peak_gib(a.device),
-        "tokens_per_s": a.batch * a.seq / statistics.median(times) * 1e3,
         "trained": sum(p.numel() for p in trained),
         "adapters": str(trained[0].dtype),
         "losses": [float(loss) for loss in losses],
         "environment": systems.environment(a.device),
     }
     return {**result, **({"profile": profile(lambda: step(0))} if a.profile and a.device == "cuda" else {})}
+
+
+def spread(times: list[float], tokens: int) -> isolate.Result:
+    """Median, least and greatest time of a step (ms), and tokens per second at the median."""
+    return {
+        "ms": statistics.median(times),
+        "min_ms": min(times),
+        "max_ms": max(times),
+        "tokens_per_s": tokens / statistics.median(times) * 1e3,
+    }
 
 
 def timed(work: Callable[[], object], device: str) -> float:

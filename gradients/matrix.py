@@ -281,29 +281,16 @@ def matrix_plan(
     Raises ValueError for a factor that is not a symbol, its transpose or a vector of ones, for an operand called G, Y
     or like a gradient, and for a size that has no number.
     """
-    wrt = tuple(wrt)
-    operands = sorted(expression.atoms(sp.MatrixSymbol), key=lambda m: m.name)
-    reserved = {"G", "Y", ONES} | {f"d{m.name}" for m in operands}
-    clash = [m.name for m in operands if m.name in reserved]
-    if clash:
-        raise ValueError(f"matrix plan: operand names {clash} are reserved")
+    wrt, operands = tuple(wrt), _operands(expression)
     G = sp.MatrixSymbol("G", *expression.shape)
     formulas = tuple((m.name, sp.diff(sp.Trace(G.T * expression), m).doit().expand()) for m in wrt)
-    numbers = _numbers(expression, sizes or SIZES)
     shapes = {m.name: tuple(m.shape) for m in (*operands, G)} | {ONES: (expression.shape[0], sp.Integer(1))}
-    shared: frozenset[Pair] = frozenset()
-    for _ in range(2):  # the second round knows which whole terms occur twice
-        made = _Products(dict(shapes), numbers, shared)
-        made.result("Y", expression)
-        split = len(made.steps)
-        for name, formula in formulas:
-            made.result(f"d{name}", formula)
-        shared = _repeated(made.steps)
+    made, split = _associated(expression, formulas, shapes, _numbers(expression, sizes or SIZES))
     forward, backward = tuple(made.steps[:split]), tuple(made.steps[split:])
     read = {f.name for s in backward for t in s.terms for f in t.factors}
     scalars = sorted(
         s.name
-        for s in expression.free_symbols - set(expression.atoms(sp.MatrixSymbol))
+        for s in expression.free_symbols - set(operands)
         if s.name not in _size_names(expression)
     )
     return MatrixPlan(
@@ -316,6 +303,34 @@ def matrix_plan(
         tuple(s.name for s in forward if s.name in read),
         tuple(made.shapes.items()),
     )
+
+
+def _operands(expression: sp.MatrixExpr) -> list[sp.MatrixSymbol]:
+    """The matrices of an expression, by name; ValueError for a name that the plan needs."""
+    operands = sorted(expression.atoms(sp.MatrixSymbol), key=lambda m: m.name)
+    reserved = {"G", "Y", ONES} | {f"d{m.name}" for m in operands}
+    clash = [m.name for m in operands if m.name in reserved]
+    if clash:
+        raise ValueError(f"matrix plan: operand names {clash} are reserved")
+    return operands
+
+
+def _associated(
+    expression: sp.MatrixExpr,
+    formulas: Iterable[tuple[str, sp.MatrixExpr]],
+    shapes: Mapping[str, tuple[sp.Expr, ...]],
+    numbers: Mapping[sp.Symbol, int],
+) -> tuple[_Products, int]:
+    """The products of the result and of the gradients, and how many of them are the result's."""
+    shared: frozenset[Pair] = frozenset()
+    for _ in range(2):  # the second round knows which whole terms occur twice
+        made = _Products(dict(shapes), numbers, shared)
+        made.result("Y", expression)
+        split = len(made.steps)
+        for name, formula in formulas:
+            made.result(f"d{name}", formula)
+        shared = _repeated(made.steps)
+    return made, split
 
 
 def size_symbols(expression: sp.MatrixExpr) -> set[sp.Symbol]:

@@ -43,7 +43,19 @@ def recognise(view: View, node: fx.Node) -> Match | Miss | None:
         return Miss("attention", node, "dropout_p is not a number")
     cone = None if given is None else mask.find(facts, given)
     k_heads, v_heads = _repeats(facts, q, k, v) if not params.get("enable_gqa") else (None, None)
-    attrs = {
+    inputs = {
+        "q": q,
+        "k": k if k_heads is None else k_heads.source,
+        "v": v if v_heads is None else v_heads.source,
+        "mask": given,
+        "sizes": cone.sizes if isinstance(cone, mask.Cone) else (),
+        "data": cone.data if isinstance(cone, mask.Cone) else (),
+    }
+    return Match("attention", node, _unneeded(node, k_heads, v_heads), inputs, _attrs(params, cone, k_heads, v_heads))
+
+
+def _attrs(params: dict[str, Any], cone: mask.Cone | str | None, k_heads: Any, v_heads: Any) -> dict[str, Any]:
+    return {
         "cone": cone if isinstance(cone, mask.Cone) else None,
         "kept": cone if isinstance(cone, str) else None,
         "dropout_p": params.get("dropout_p", 0.0),
@@ -54,15 +66,6 @@ def recognise(view: View, node: fx.Node) -> Match | Miss | None:
         "k_swapped": bool(k_heads and k_heads.swapped),
         "v_swapped": bool(v_heads and v_heads.swapped),
     }
-    inputs = {
-        "q": q,
-        "k": k if k_heads is None else k_heads.source,
-        "v": v if v_heads is None else v_heads.source,
-        "mask": given,
-        "sizes": cone.sizes if isinstance(cone, mask.Cone) else (),
-        "data": cone.data if isinstance(cone, mask.Cone) else (),
-    }
-    return Match("attention", node, _unneeded(node, k_heads, v_heads), inputs, attrs)
 
 
 def _repeats(view: mask.Facts, q: fx.Node, k: fx.Node, v: fx.Node) -> tuple[Any, Any]:

@@ -209,27 +209,12 @@ def _match(view: View, node: fx.Node) -> Match | None:
     inside += base.inside + branch.inside
     xa = _adapter_input(view, base, branch, inside)
     _guard(view, base, branch, out)
-    x = (
-        base.x
-        if view.value(base.x).shape[:-1] == view.value(node).shape[:-1]
-        else _peel(view, base.x, [], reshapes=True)
-    )
+    whole = view.value(base.x).shape[:-1] == view.value(node).shape[:-1]
+    x = base.x if whole else _peel(view, base.x, [], reshapes=True)
     wide = torch.promote_types(view.value(branch.down).dtype, view.value(branch.up).dtype)
-    return Match(
-        NAME,
-        node,
-        _leaves(view, node, inside),
-        {
-            "x": x,
-            "xa": xa,
-            "weight": base.weight,
-            "bias": base.bias,
-            "a": branch.a,
-            "b": branch.b,
-            "scale": branch.scale,
-        },
-        {"out_dtype": out, "adapter_dtype": wide, "layout": base.layout},
-    )
+    inputs = {"x": x, "xa": xa, "weight": base.weight, "bias": base.bias, "a": branch.a, "b": branch.b, "scale": branch.scale}
+    attrs = {"out_dtype": out, "adapter_dtype": wide, "layout": base.layout}
+    return Match(NAME, node, _leaves(view, node, inside), inputs, attrs)
 
 
 def recognise(view: View, node: fx.Node) -> Match | Miss | None:

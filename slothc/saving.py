@@ -7,9 +7,11 @@ values the backward names flow to the sink, and the cheapest cut is what to save
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import networkx as nx
 
-from slothc.gradients.program import Kind, Program, Reduce
+from slothc.gradients.program import Kind, Program, Reduce, Stage
 
 BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0}
 SCALAR_BYTES = 4.0 / 256           # one fp32 for each row, spread over a typical row
@@ -21,6 +23,15 @@ def saved_stages(forward: Program, backward: Program) -> set[str]:
     shared = [s for s in backward.stages if s.name in forward.stage and s == forward.stage[s.name]]
     if not shared:
         return set()
+    graph = _network(forward, backward, shared)
+    if "sink" not in graph:
+        return set()
+    _, (near, _) = nx.minimum_cut(graph, "source", "sink")
+    return {s.name for s in shared if ("in", s.name) in near and ("out", s.name) not in near}
+
+
+def _network(forward: Program, backward: Program, shared: Sequence[Stage]) -> nx.DiGraph:
+    """Values from "source" (what is in memory) to "sink" (the backward's own stages); what a cut goes through is stored."""
     names = {s.name for s in shared}
     graph = nx.DiGraph()
     for i in backward.inputs:
@@ -38,10 +49,7 @@ def saved_stages(forward: Program, backward: Program) -> set[str]:
             for x in s.expr.free_symbols:
                 if x.name in names or x.name in forward.input:
                     graph.add_edge(("out", x.name), "sink")
-    if "sink" not in graph:
-        return set()
-    _, (near, _) = nx.minimum_cut(graph, "source", "sink")
-    return {n for n in names if ("in", n) in near and ("out", n) not in near}
+    return graph
 
 
 def _cost(kind: Kind, dtype: str | None) -> float:
