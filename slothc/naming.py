@@ -15,7 +15,7 @@ from slothc.patterns.rule import RowRule
 
 from .catalogue import ROW
 from .lift import CannotLift, Lifted, lift
-from .regions import ARITHMETIC, Cone
+from .regions import ARITHMETIC, Cone, behind
 from .view import GraphView
 
 
@@ -37,8 +37,8 @@ def parts(view: GraphView, cone: Cone) -> list[Part]:
         if sink in seen:
             return
         seen.add(sink)
-        behind = _reach(sink, cone.nodes, None)
-        cuts: list[fx.Node | None] = [None, *sorted((n for n in behind if n is not sink), key=order.__getitem__)]
+        reached = _reach(sink, cone.nodes, None)
+        cuts: list[fx.Node | None] = [None, *sorted((n for n in reached if n is not sink), key=order.__getitem__)]
         if view.op(sink).kind in ARITHMETIC:
             for cut in cuts:
                 inside = _reach(sink, cone.nodes, cut)
@@ -59,21 +59,15 @@ def parts(view: GraphView, cone: Cone) -> list[Part]:
 
 def _reach(sink: fx.Node, nodes: frozenset[fx.Node], cut: fx.Node | None) -> set[fx.Node]:
     """The nodes behind ``sink`` that can be reached without passing ``cut``, ``sink`` included."""
-    found, waiting = {sink}, [sink]
-    while waiting:
-        for n in waiting.pop().all_input_nodes:
-            if n in nodes and n is not cut and n not in found:
-                found.add(n)
-                waiting.append(n)
-    return found
+    return behind(sink, lambda n: n in nodes and n is not cut)
 
 
 def _separates(cut: fx.Node, inside: set[fx.Node], nodes: frozenset[fx.Node]) -> bool:
     """Whether everything behind ``cut`` reaches the part only through it: no node and no operand in common."""
-    behind = _reach(cut, nodes, None)
+    beyond = _reach(cut, nodes, None)
     mine = {n for x in inside for n in x.all_input_nodes if n not in nodes}
-    theirs = {n for x in behind for n in x.all_input_nodes if n not in nodes}
-    return not behind & inside and not mine & theirs
+    theirs = {n for x in beyond for n in x.all_input_nodes if n not in nodes}
+    return not beyond & inside and not mine & theirs
 
 
 def _identify(view: GraphView, inside: set[fx.Node], sink: fx.Node) -> str | None:

@@ -7,7 +7,7 @@ add) can be computed in the same kernel and written once for all readers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -74,6 +74,17 @@ class Growth:
 
     def claim(self, cone: Cone) -> None:
         self.taken |= cone.nodes
+
+
+def behind(sink: fx.Node, within: Callable[[fx.Node], bool]) -> set[fx.Node]:
+    """``sink`` and the nodes that it depends on by way of nodes that are ``within``."""
+    found, waiting = {sink}, [sink]
+    while waiting:
+        for n in waiting.pop().all_input_nodes:
+            if n not in found and within(n):
+                found.add(n)
+                waiting.append(n)
+    return found
 
 
 def leaves(cone: Cone) -> list[fx.Node]:

@@ -21,7 +21,7 @@ from .check import check
 from .errors import RegionDropped, VerificationFailed
 from .found import Found, Region, find
 from .options import Options
-from .regions import leaves
+from .regions import behind, leaves
 from .sizes import shape_of
 from .statistics import counts
 from .view import GraphView
@@ -177,13 +177,7 @@ def _widths(view: GraphView, node: fx.Node) -> tuple[Any, ...]:
 
 def _between(node: fx.Node, leaves: set[fx.Node]) -> set[fx.Node]:
     """The nodes from ``leaves`` to ``node``, ``node`` included."""
-    found, waiting = {node}, [node]
-    while waiting:
-        for n in waiting.pop().all_input_nodes:
-            if n not in leaves and n not in found and n.op not in ("placeholder", "get_attr"):
-                found.add(n)
-                waiting.append(n)
-    return found
+    return behind(node, lambda n: n not in leaves and n.op not in ("placeholder", "get_attr"))
 
 
 class _Splice:
