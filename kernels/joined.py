@@ -4,7 +4,7 @@ cuBLAS on Hopper rounds x w to bf16 before it adds an accumulated matrix (measur
 eager), so the sum is made here: a persistent kernel over output tiles, x and w tiles by the bulk tensor copy engine, and one more short
 dot for the low-rank factors before the tile is rounded and stored. On an H100 (M 4096, the seven linears of an 8B Llama, rank 16,
 forward of 32 layers) it takes 83 ms; cuBLAS without the adapter 80.6, low-rank product then addmm 85.5, an fp32 product and a joining
-pass 94.6.
+pass 94.6 (bench/joined.py).
 """
 
 from __future__ import annotations
