@@ -24,7 +24,7 @@ SLACK = 1.10
 TINY = {torch.float32: 1e-6, torch.float64: 1e-12, torch.bfloat16: 1e-4, torch.float16: 1e-4}
 DRAWS = 5
 LARGE = 64
-NOTHING = 0.1
+ZERO = 1e-9
 MANY = 1 << 20            # elements in one draw that make further draws needless: its error is an average over them
 
 Function = Callable[..., Any]
@@ -46,8 +46,9 @@ class _Sum:
         self.count += truth.numel()
 
     def errors(self) -> tuple[float, float]:
-        """Relative L2 distances. Draws and cotangents are of size 1: a truth far below that is zero up to rounding, as eager's is."""
-        scale = max(self.truth**0.5, NOTHING * max(self.count, 1) ** 0.5)
+        """Relative L2 distances; absolute ones where truth is zero but for float64's own rounding (draws and cotangents are of size 1)."""
+        size = max(self.count, 1) ** 0.5
+        scale = self.truth**0.5 if self.truth**0.5 > ZERO * size else size
         return self.ours**0.5 / scale, self.eager**0.5 / scale
 
 

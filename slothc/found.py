@@ -70,8 +70,8 @@ _known: dict[str, _Known] = {}
 def find(view: GraphView, options: Options) -> Found:
     """Look for structural rules, then grow cones over what is left. Nothing is changed."""
     found = Found(view)
-    taken = _structural(found, options)
-    growth = Growth(view, taken)
+    growth = Growth(view)
+    _structural(found, growth, options)
     for cone in growth.cones():
         region = _region(found, growth, cone)
         if region is None or not _worthwhile(view, region, options):
@@ -82,8 +82,8 @@ def find(view: GraphView, options: Options) -> Found:
     return found
 
 
-def _structural(found: Found, options: Options) -> set[fx.Node]:
-    taken: set[fx.Node] = set()
+def _structural(found: Found, growth: Growth, options: Options) -> None:
+    taken = growth.taken
     for rule in STRUCTURAL:
         if rule.name in options.disable:
             continue
@@ -93,11 +93,18 @@ def _structural(found: Found, options: Options) -> set[fx.Node]:
             match = rule.recognise(found.view, node)
             if isinstance(match, Miss):
                 found.misses.append(match)
+            elif match is not None and _written(growth, match):
+                found.misses.append(Miss(rule.name, node, "a value it reads is written to in place"))
             elif match is not None and taken.isdisjoint(match.nodes):
                 found.matches.append(match)
                 taken.update(match.nodes)
                 taken.update(match.extra)
-    return taken
+
+
+def _written(growth: Growth, match: Match) -> bool:
+    """Whether a value of the match, or one that it reads, is written to in place before the match's own place."""
+    inner = [n for n in match.nodes if n is not match.node]
+    return any(map(growth.view.mutated, inner)) or not all(growth.steady(n, match.node) for n in match.nodes)
 
 
 def _region(found: Found, growth: Growth, cone: Cone) -> Region | None:
@@ -189,7 +196,7 @@ def _with_producer(found: Found, growth: Growth, region: Region) -> Region:
             continue
         inner = growth.grow(leaf)
         merged = Cone(cone.nodes | inner.nodes, (cone.sink, leaf))
-        if not _placeable(view, growth, merged):
+        if not placeable(view, growth, merged):
             continue
         known, nodes, inputs = _look(view, merged)
         if known.plan is not None:
@@ -199,11 +206,12 @@ def _with_producer(found: Found, growth: Growth, region: Region) -> Region:
     return region
 
 
-def _placeable(view: GraphView, growth: Growth, cone: Cone) -> bool:
-    """Whether there is a place after every operand and before every outside reader."""
+def placeable(view: GraphView, growth: Growth, cone: Cone) -> bool:
+    """Whether the cone can run where its first result is made: everything it reads is known there. Then no value moves behind a reader."""
     last = max((growth.order[n] for n in leaves(cone)), default=-1)
-    first = min((growth.order[u] for r in cone.results for u in view.users(r) if u not in cone.nodes), default=len(view.nodes))
-    return last < first and len({view.grad_enabled(n) for n in cone.nodes}) == 1
+    if not all(growth.steady(n, cone.results[-1]) for n in cone.nodes):
+        return False
+    return last < growth.order[cone.results[-1]] and len({view.grad_enabled(n) for n in cone.nodes}) == 1
 
 
 def located(view: GraphView, misses: list[Miss]) -> Iterator[tuple[str, str, str]]:

@@ -33,12 +33,13 @@ class Cone:
 
 
 class Growth:
-    """Grows cones in one graph; ``taken`` nodes belong to structural rules."""
+    """Grows cones in one graph; ``taken`` nodes belong to structural rules or to cones that were claimed."""
 
-    def __init__(self, view: GraphView, taken: set[fx.Node]) -> None:
-        self.view, self.taken = view, set(taken)
+    def __init__(self, view: GraphView, taken: set[fx.Node] | None = None) -> None:
+        self.view, self.taken = view, set(taken or ())
         self.order = {n: k for k, n in enumerate(view.nodes)}
         self.barred: set[fx.Node] = set()
+        self.writes = [self.order[n] for n in view.nodes if view.op(n).params.get("mutates") or view.writes(n)]
 
     def liftable(self, node: fx.Node) -> bool:
         """Whether the node may be part of a cone."""
@@ -67,10 +68,18 @@ class Growth:
             node = max(waiting, key=self.order.__getitem__)
             waiting.remove(node)
             inside = all(u in cone for u in self.view.users(node))
-            if inside and node not in self.barred and self.view.grad_enabled(node) == mode and self.liftable(node):
+            free = node not in self.barred and self.view.grad_enabled(node) == mode and self.liftable(node)
+            if inside and free and self.steady(node, sink):
                 cone.add(node)
                 waiting.update(n for n in node.all_input_nodes if n not in cone)
         return Cone(frozenset(cone), (sink,))
+
+    def steady(self, node: fx.Node, place: fx.Node) -> bool:
+        """Whether what ``node`` reads is the same where ``place`` stands: nothing it reads is written to in place in between."""
+        if not any(map(self.view.mutated, node.all_input_nodes)):
+            return True
+        first, last = sorted((self.order[node], self.order[place]))
+        return not any(first < w < last for w in self.writes)
 
     def claim(self, cone: Cone) -> None:
         self.taken |= cone.nodes

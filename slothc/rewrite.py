@@ -219,9 +219,7 @@ class _Splice:
         if len(results) == 1:
             self.replace(results[0], call, region.operands, {})
             return
-        readers = {u for r in results for u in r.users if u not in region.cone.nodes}
-        anchor = next(n for n in self.graph.nodes if n in readers)
-        with self.graph.inserting_before(anchor):
+        with self.graph.inserting_before(results[-1]):                         # the first of its results: found.placeable
             made = self.graph.call_function(call, self._current(region.operands))
             values = [self.graph.call_function(operator.getitem, (made, k)) for k in range(len(results))]
         for node, value in zip(results, values):

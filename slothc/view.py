@@ -180,6 +180,10 @@ class GraphView:
         unknown = op.kind == "opaque" and node.op.startswith("call") and not storages(self.example(node))
         return op.args if unknown and not op.params.get("scalar") else ()
 
+    def writes(self, node: fx.Node) -> bool:
+        """Whether the node, or a child graph it runs, writes to a value in place."""
+        return bool(self._written(node))
+
     def _written(self, node: fx.Node) -> tuple[fx.Node, ...]:
         targets = list(self.op(node).params.get("targets", ()))
         for module in self._bodies(node):
