@@ -1,4 +1,4 @@
-"""The commands of ``slothc``: explain, derive, check, demo."""
+"""The commands of ``slothc``: explain, coverage, derive, check, demo."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from . import cli_target
+from .cli_coverage import coverage
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
@@ -47,6 +48,9 @@ def explain(target: str, size: str, batch: int, seq: int | None, peft: str | Non
         report.to_json(json_path)
     if html_path:
         report.to_html(html_path)
+
+
+group.add_command(coverage)
 
 
 @group.command()

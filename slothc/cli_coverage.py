@@ -1,0 +1,134 @@
+"""``slothc coverage``: checks the names, shows progress, prints the table, writes the files."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from .survey import Row, document, failed, median_coverage, survey
+
+COLOURS = {"ok": "green", "off": "red", "crash": "red", "timeout": "red"}
+
+
+@click.command()
+@click.argument("names", nargs=-1)
+@click.option("--all", "everything", is_flag=True, help="Every model type that transformers has a causal LM for.")
+@click.option("--peft", type=click.Choice(["lora"]), help="Add adapters to every linear layer.")
+@click.option("--dtype", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True, help="Of the models' weights.")
+@click.option("--jobs", type=click.IntRange(min=1), default=2, show_default=True, help="Side processes at a time.")
+@click.option("--timeout", type=click.FloatRange(min=1), default=300, show_default=True, help="Seconds for one model.")
+@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write everything measured here.")
+@click.option("--html", "html_path", type=click.Path(dir_okay=False, path_type=Path), help="Write the report as one page here.")
+def coverage(names: tuple[str, ...], everything: bool, peft: str | None, dtype: str, jobs: int, timeout: float,
+             json_path: Path | None, html_path: Path | None) -> None:
+    """Measure many models: what is found, what is missed and why, errors against float64, compile time.
+
+    NAMES are model types of transformers such as llama or qwen3; each is built tiny, with random weights, in a side process. Exits
+    with 1 if a model that runs in eager crashes under sloth or breaks the numerical contract.
+    """
+    chosen = _chosen(names, everything)
+    for path in (json_path, html_path):
+        if path and not path.absolute().parent.is_dir():
+            raise click.BadParameter(f"the directory of {str(path)!r} does not exist")
+    rows = _watched(chosen, peft, dtype, jobs, timeout)
+    console = Console(width=None if sys.stdout.isatty() else 180)
+    console.print(table(rows), summary(rows), highlight=False)
+    whole = document(rows, {"peft": peft, "dtype": dtype})
+    if json_path:
+        json_path.write_text(json.dumps(whole, indent=2) + "\n")
+    if html_path:
+        from .survey_page import page
+
+        html_path.write_text(page(whole), encoding="utf-8")
+    if failed(rows):
+        raise SystemExit(1)
+
+
+def _chosen(names: Sequence[str], everything: bool) -> list[str]:
+    """The model types asked for, each once. Raises a usage error for unknown ones, with what they resemble."""
+    from .tiny import config_names
+
+    known = config_names()
+    if everything == bool(names):
+        raise click.UsageError("name model types of transformers, or give --all" + " alone" * bool(names))
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=5)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}"
+            raise click.BadParameter(f"unknown model type {name!r}; {hint}", param_hint="NAMES")
+    return known if everything else list(dict.fromkeys(names))
+
+
+def _watched(names: Sequence[str], peft: str | None, dtype: str, jobs: int, timeout: float) -> list[Row]:
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[bad]}"))
+    bad: list[str] = []
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("starting", total=len(names), bad="")
+
+        def advance(row: Row) -> None:
+            bad.extend(r["name"] for r in failed([row]))
+            bar.update(task, advance=1, description=row["name"], bad=f"failed: {', '.join(bad)}" if bad else "")
+
+        return survey(names, peft, dtype, jobs, timeout, advance)
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """One line for each model."""
+    made = Table("model", "status", "graphs", "coverage", "eager error", "sloth error", "of allowed", "compile s", "found, or what is wrong", box=None)
+    for column in made.columns[2:8]:
+        column.justify = "right"
+    for column in made.columns:
+        column.no_wrap = True
+        column.overflow = "ellipsis"
+    for row in rows:
+        status = f"[{COLOURS.get(row['status'], 'yellow')}]{row['status']}[/]"
+        made.add_row(row["name"], status, *_figures(row), _said(row).replace("[", "\\["))
+    return made
+
+
+def _figures(row: Row) -> tuple[str, ...]:
+    errors = row.get("errors", {}).get("gradients")
+    truth = "*" * (row.get("truth") != "float64")
+    return (
+        str(row.get("graphs", "")),
+        f"{row['coverage']:.1%}" if "coverage" in row else "",
+        f"{errors['eager']:.1e}" if errors else "",
+        f"{errors['sloth']:.1e}{truth}" if errors else "",
+        f"{row['share']:.2f}" if "share" in row else "",
+        f"{row['compile_s']:.1f}" if "compile_s" in row else "",
+    )
+
+
+def _said(row: Row) -> str:
+    return str(row["reason"]) or ", ".join(f"{n} {c}" for n, c in row.get("counts", {}).items())
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """The last lines: how many are as they should be, and the median coverage."""
+    middle, good = median_coverage(rows), sum(r["status"] == "ok" for r in rows)
+    text = f"\n{good} of {len(rows)} run and hold the contract"
+    if middle is not None:
+        text += f"; median coverage {middle:.1%}"
+    wrong: dict[str, list[str]] = {}
+    for row in rows:
+        if row["status"] != "ok":
+            wrong.setdefault(row["status"], []).append(row["name"])
+    text += "".join(f"\n  {status}: {', '.join(names)}" for status, names in sorted(wrong.items()))
+    if any(r.get("truth") == "eager fp32" for r in rows):
+        text += "\n  * no float64 truth: distance from eager in fp32"
+    return text
+
+
+def settings_text(settings: dict[str, Any]) -> str:
+    """Such as "bf16, LoRA on every linear"."""
+    return settings["dtype"] + (", LoRA on every linear" if settings["peft"] else "")
