@@ -7,7 +7,6 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import click
 from rich.console import Console
@@ -16,6 +15,7 @@ from rich.table import Table
 
 from .survey import Row, document, failed, median_coverage, survey
 
+FIGURES = ("graphs", "coverage", "eager error", "sloth error", "of allowed", "compile s")
 COLOURS = {"ok": "green", "off": "red", "crash": "red", "timeout": "red"}
 
 
@@ -70,7 +70,8 @@ def _chosen(names: Sequence[str], everything: bool) -> list[str]:
 
 def _watched(names: Sequence[str], peft: str | None, dtype: str, jobs: int, timeout: float) -> list[Row]:
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[bad]}"))
+    text = (TextColumn("{task.description:<24}"), TextColumn("{task.fields[bad]}"))
+    columns = (text[0], BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), text[1])
     bad: list[str] = []
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("starting", total=len(names), bad="")
@@ -84,8 +85,8 @@ def _watched(names: Sequence[str], peft: str | None, dtype: str, jobs: int, time
 
 def table(rows: Sequence[Row]) -> Table:
     """One line for each model."""
-    made = Table("model", "status", "graphs", "coverage", "eager error", "sloth error", "of allowed", "compile s", "found, or what is wrong", box=None)
-    for column in made.columns[2:8]:
+    made = Table("model", "status", *FIGURES, "found, or what is wrong", box=None)
+    for column in made.columns[2:-1]:
         column.justify = "right"
     for column in made.columns:
         column.no_wrap = True
@@ -127,8 +128,3 @@ def summary(rows: Sequence[Row]) -> str:
     if any(r.get("truth") == "eager fp32" for r in rows):
         text += "\n  * no float64 truth: distance from eager in fp32"
     return text
-
-
-def settings_text(settings: dict[str, Any]) -> str:
-    """Such as "bf16, LoRA on every linear"."""
-    return settings["dtype"] + (", LoRA on every linear" if settings["peft"] else "")

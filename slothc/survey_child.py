@@ -121,21 +121,21 @@ def _with_lora(model: nn.Module) -> Any:
     return adapted.train()
 
 
-def inputs(model: Any, seed: int) -> dict[str, Tensor]:
+def inputs(model: Any, seed: int) -> dict[str, Any]:
     """Keyword arguments of one step: ``input_ids`` and ``labels`` [2, 16], a quarter of the labels ignored; an image where one is read."""
     made = torch.Generator().manual_seed(seed)
     vocabulary = getattr(model.config.get_text_config(), "vocab_size", None) or 200
     ids = torch.randint(5, min(200, vocabulary), (BATCH, LENGTH), generator=made)
     labels = ids.clone()
     labels[:, : LENGTH // 4] = -100
-    given = {"input_ids": ids, "labels": labels}
+    given: dict[str, Any] = {"input_ids": ids, "labels": labels}
     if model.config.model_type == "git":
         size = model.config.vision_config.image_size
         given["pixel_values"] = torch.randn(BATCH, 3, size, size, generator=made).to(model.dtype)
     return given
 
 
-def step(owner: nn.Module, run: Callable[..., Any], given: dict[str, Tensor], seed: int) -> Values:
+def step(owner: nn.Module, run: Callable[..., Any], given: dict[str, Any], seed: int) -> Values:
     """``loss`` and the gradient of every parameter of ``owner`` that gets one."""
     owner.zero_grad(set_to_none=True)
     torch.manual_seed(seed)
@@ -146,7 +146,7 @@ def step(owner: nn.Module, run: Callable[..., Any], given: dict[str, Tensor], se
     return {"loss": loss.detach(), **found}
 
 
-def _capture_time(model: nn.Module, backend: str, given: dict[str, Tensor]) -> tuple[float, int]:
+def _capture_time(model: nn.Module, backend: str, given: dict[str, Any]) -> tuple[float, int]:
     """(seconds that a first forward takes longer than a second, graphs that Dynamo made)."""
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters["stats"]
@@ -187,7 +187,7 @@ class Wide(TorchFunctionMode):
         return torch.float64 if isinstance(value, torch.dtype) and value in NARROW else value
 
 
-def truths(model: nn.Module, draws: list[dict[str, Tensor]]) -> list[Values]:
+def truths(model: nn.Module, draws: list[dict[str, Any]]) -> list[Values]:
     """Every step in float64, from the same rounded parameters. Raises what float64 makes the model raise."""
     wide = copy.deepcopy(model).double()
     if hasattr(wide.config, "_experts_implementation"):
@@ -200,11 +200,13 @@ def truths(model: nn.Module, draws: list[dict[str, Tensor]]) -> list[Values]:
         torch.set_default_dtype(torch.float32)
 
 
-def _cast(given: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+def _cast(given: dict[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
     return {k: v.to(dtype) if v.is_floating_point() else v for k, v in given.items()}
 
 
-def _judged(model: nn.Module, draws: list[dict[str, Tensor]], eager: list[Values], ours: list[Values], dtype: torch.dtype) -> dict[str, Any]:
+def _judged(
+    model: nn.Module, draws: list[dict[str, Any]], eager: list[Values], ours: list[Values], dtype: torch.dtype
+) -> dict[str, Any]:
     """Errors of both against truth, and whether the contract holds; why there is no float64 truth where there is none."""
     row: dict[str, Any] = {"truth": "float64"}
     try:

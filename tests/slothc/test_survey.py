@@ -1,0 +1,159 @@
+"""``slothc coverage``: side processes, what they measure, and what survives one that dies."""
+
+from __future__ import annotations
+
+import json
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from slothc import cli_coverage, survey, survey_child
+from slothc.cli_app import group
+from slothc.survey_page import MEANINGS, page
+
+# A side process whose models do as they are called.
+FAKE = """
+import json, os, sys, time
+print("not a row", file=sys.stderr, flush=True)
+for job in map(json.loads, sys.stdin):
+    stage, what = job["name"].split("-")
+    print(json.dumps({"stage": stage}), flush=True)
+    if what == "dies":
+        print("Fatal: out of luck", file=sys.stderr, flush=True)
+        os.abort()
+    if what == "leaves":
+        os._exit(3)
+    if what == "hangs":
+        time.sleep(60)
+    print(json.dumps({"row": {"name": job["name"], "status": "ok", "reason": "", "process": os.getpid()}}), flush=True)
+"""
+
+
+def invoke(*arguments: str) -> Any:
+    return CliRunner().invoke(group, ["coverage", *arguments], catch_exceptions=False)
+
+
+@pytest.fixture
+def fake(tmp_path: Path) -> tuple[str, ...]:
+    path = tmp_path / "fake.py"
+    path.write_text(FAKE)
+    return (sys.executable, str(path))
+
+
+class Page(HTMLParser):
+    """What a page would load, its rows, and whether its tags are closed in order."""
+
+    VOID = ("meta", "input", "br", "link", "img", "hr")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.loads: list[str] = []
+        self.rows: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        self.loads += [str(v) for k, v in attrs if k == "src" or (k == "href" and not str(v).startswith("#"))]
+        if tag == "tbody":
+            self.rows.append(str(given.get("id", "")))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_two_models_end_to_end(tmp_path: Path) -> None:
+    result = invoke("llama", "gpt2", "--json", str(tmp_path / "c.json"), "--html", str(tmp_path / "c.html"))
+    assert result.exit_code == 0, result.output
+    assert "2 of 2 run and hold the contract" in result.output
+
+    whole = json.loads((tmp_path / "c.json").read_text())
+    llama, gpt2 = whole["models"]
+    assert (llama["name"], gpt2["name"], whole["totals"]) == ("llama", "gpt2", {"ok": 2})
+    assert {"rms_norm": 5, "rope": 4, "gated_mlp": 2, "cross_entropy": 1, "attention": 2}.items() <= llama["counts"].items()
+    assert gpt2["counts"]["layer_norm"] == 5
+    assert llama["coverage"] >= 0.95
+    for row in (llama, gpt2):
+        assert (row["truth"], row["holds"], row["dropped"]) == ("float64", True, [])
+        assert 0 < row["errors"]["gradients"]["eager"] < 1e-5 and 0 < row["errors"]["gradients"]["sloth"] < 1e-5
+        assert row["compile_s"] > 0 and row["compile_nothing_s"] > 0
+        assert row["graphs"] == row["graphs_nothing"]
+
+    text = (tmp_path / "c.html").read_text()
+    parsed = Page(text)
+    assert (parsed.loads, parsed.rows) == ([], ["m-llama", "m-gpt2"])
+    assert "<svg" in text and "rms_norm 5" in text and "modeling_llama.py" in text
+
+
+def test_lora_in_bf16() -> None:
+    row = survey_child.measure("llama", "lora", "bf16")
+    assert (row["status"], row["counts"]["lora_linear"]) == ("ok", 14), row["reason"]
+
+
+@pytest.mark.parametrize(("name", "status", "words"), [
+    ("sloth-dies", "crash", "signal 6: Fatal: out of luck"), ("sloth-leaves", "crash", "exit code 3"),
+    ("eager-dies", "eager fails", "signal 6"), ("build-dies", "not built", "signal 6"),
+    ("sloth-hangs", "timeout", "not done after 1 s, in the stage 'sloth'"),
+])  # fmt: skip
+def test_a_process_that_dies_is_a_row(fake: tuple[str, ...], name: str, status: str, words: str) -> None:
+    before, dead, after = survey.survey(["sloth-runs", name, "eager-runs"], jobs=1, timeout=1, command=fake)
+    assert (dead["name"], dead["status"]) == (name, status)
+    assert words in dead["reason"]
+    assert before["status"] == after["status"] == "ok"
+    assert before["process"] != after["process"]
+    assert [r["name"] for r in survey.failed([before, dead, after])] == [name] * name.startswith("sloth")
+    assert MEANINGS[status] in page(survey.document([before, dead], {"peft": None, "dtype": "fp32"}))
+
+
+def test_an_exception_under_sloth_is_a_crash(monkeypatch: pytest.MonkeyPatch) -> None:
+    def step(owner: Any, run: Any, *rest: Any) -> Any:
+        if run is not owner:
+            raise RuntimeError("no luck\nat all")
+        return ours(owner, run, *rest)
+
+    ours = survey_child.step
+    monkeypatch.setattr(survey_child, "step", step)
+    row = survey_child.measure("llama", None, "fp32")
+    assert (row["status"], row["reason"]) == ("crash", "RuntimeError: no luck")
+
+
+def test_a_failure_is_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"name": "llama", "status": "crash", "reason": "RuntimeError: [no] luck"}]
+    monkeypatch.setattr(cli_coverage, "survey", lambda *a: rows)
+    result = invoke("llama")
+    assert result.exit_code == 1
+    assert "[no] luck" in result.output and "crash: llama" in result.output
+
+
+def _values(loss: float, weight: float) -> dict[str, torch.Tensor]:
+    return {"loss": torch.tensor(loss), "w": torch.tensor([1.0, weight])}
+
+
+def test_the_contract() -> None:
+    true, eager = [_values(2.0, 1.0)] * 2, [_values(2.0, 1.001)] * 2
+    assert survey_child.judge(true, eager, [_values(2.0, 1.00109)] * 2, torch.float32)["holds"]
+    wrong = survey_child.judge(true, eager, [_values(2.0, 1.0012)] * 2, torch.float32)
+    assert (wrong["status"], wrong["holds"]) == ("off", False) and wrong["share"] > 1
+    assert "gradients:" in wrong["reason"] and "w:" not in wrong["reason"]
+    assert survey_child.judge(true, eager, [_values(2.01, 1.001)] * 2, torch.float32)["reason"].startswith("loss:")
+    assert survey_child.judge(true, eager, [_values(2.0, float("nan"))] * 2, torch.float32)["status"] == "off"
+    lost = survey_child.judge(true, eager, [{"loss": torch.tensor(2.0)}] * 2, torch.float32)
+    assert lost["status"] == "off" and "w" in lost["reason"]
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (("lama",), "unknown model type 'lama'; did you mean llama"), (("zzzzzz",), "known are"), ((), "--all"),
+    (("llama", "--all"), "--all alone"), (("llama", "--dtype", "int8"), "'fp32', 'bf16'"), (("llama", "--jobs", "0"), "jobs"),
+    (("llama", "--json", "no/such/folder/c.json"), "does not exist"),
+])  # fmt: skip
+def test_wrong_usage_is_exit_code_2(arguments: tuple[str, ...], words: str) -> None:
+    result = invoke(*arguments)
+    assert result.exit_code == 2, result.output
+    assert words in " ".join(result.output.replace("│", " ").split())
