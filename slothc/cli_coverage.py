@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -41,7 +42,8 @@ def coverage(names: tuple[str, ...], everything: bool, peft: str | None, dtype: 
             raise click.BadParameter(f"the directory of {str(path)!r} does not exist")
     rows = _watched(chosen, peft, dtype, jobs, timeout)
     console = Console(width=None if sys.stdout.isatty() else 180)
-    console.print(table(rows), summary(rows), highlight=False)
+    console.print(table(rows))
+    click.echo(summary(rows))
     whole = document(rows, {"peft": peft, "dtype": dtype})
     if json_path:
         json_path.write_text(json.dumps(whole, indent=2) + "\n")
@@ -85,15 +87,15 @@ def _watched(names: Sequence[str], peft: str | None, dtype: str, jobs: int, time
 
 def table(rows: Sequence[Row]) -> Table:
     """One line for each model."""
-    made = Table("model", "status", *FIGURES, "found, or what is wrong", box=None)
-    for column in made.columns[2:-1]:
-        column.justify = "right"
-    for column in made.columns:
-        column.no_wrap = True
-        column.overflow = "ellipsis"
-    for row in rows:
-        status = f"[{COLOURS.get(row['status'], 'yellow')}]{row['status']}[/]"
-        made.add_row(row["name"], status, *_figures(row), _said(row).replace("[", "\\["))
+    lines = [(r["name"], r["status"], *_figures(r)) for r in rows]
+    made = Table(box=None)
+    for k, head in enumerate(("model", "status", *FIGURES)):
+        width = max(len(head), *(len(line[k]) for line in lines))
+        made.add_column(head, justify="left" if k < 2 else "right", no_wrap=True, min_width=width)
+    made.add_column("found, or what is wrong", no_wrap=True, overflow="ellipsis")
+    for line, row in zip(lines, rows):
+        colour = COLOURS.get(row["status"], "yellow")
+        made.add_row(line[0], f"[{colour}]{line[1]}[/]", *line[2:], escape(_said(row)))
     return made
 
 
