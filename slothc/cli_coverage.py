@@ -42,7 +42,7 @@ def coverage(names: tuple[str, ...], everything: bool, peft: str | None, dtype: 
             raise click.BadParameter(f"the directory of {str(path)!r} does not exist")
     rows = _watched(chosen, peft, dtype, jobs, timeout)
     console = Console(width=None if sys.stdout.isatty() else 180)
-    console.print(table(rows))
+    console.print(table(rows, console.width))
     click.echo(summary(rows))
     whole = document(rows, {"peft": peft, "dtype": dtype})
     if json_path:
@@ -85,17 +85,17 @@ def _watched(names: Sequence[str], peft: str | None, dtype: str, jobs: int, time
         return survey(names, peft, dtype, jobs, timeout, advance)
 
 
-def table(rows: Sequence[Row]) -> Table:
-    """One line for each model."""
+def table(rows: Sequence[Row], width: int) -> Table:
+    """One line of at most ``width`` characters for each model."""
     lines = [(r["name"], r["status"], *_figures(r)) for r in rows]
     made = Table(box=None)
     for k, head in enumerate(("model", "status", *FIGURES)):
-        width = max(len(head), *(len(line[k]) for line in lines))
-        made.add_column(head, justify="left" if k < 2 else "right", no_wrap=True, min_width=width)
-    made.add_column("found, or what is wrong", no_wrap=True, overflow="ellipsis")
+        made.add_column(head, justify="left" if k < 2 else "right", no_wrap=True)
+        width -= max(len(head), *(len(line[k]) for line in lines)) + 2
+    made.add_column("found, or why not", no_wrap=True)
     for line, row in zip(lines, rows):
         colour = COLOURS.get(row["status"], "yellow")
-        made.add_row(line[0], f"[{colour}]{line[1]}[/]", *line[2:], escape(_said(row)))
+        made.add_row(line[0], f"[{colour}]{line[1]}[/]", *line[2:], escape(_cut(_said(row), max(width - 2, 17))))
     return made
 
 
@@ -110,6 +110,10 @@ def _figures(row: Row) -> tuple[str, ...]:
         f"{row['share']:.2f}" if "share" in row else "",
         f"{row['compile_s']:.1f}" if "compile_s" in row else "",
     )
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"
 
 
 def _said(row: Row) -> str:

@@ -125,11 +125,12 @@ def test_an_exception_under_sloth_is_a_crash(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_failure_is_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [{"name": "llama", "status": "crash", "reason": "RuntimeError: [no] luck"}]
+    rows = [{"name": "llama", "status": "crash", "reason": "RuntimeError: [no] luck" + " at all" * 50, "graphs": 7, "coverage": 0.5}]
     monkeypatch.setattr(cli_coverage, "survey", lambda *a: rows)
     result = invoke("llama")
     assert result.exit_code == 1
     assert "[no] luck" in result.output and "crash: llama" in result.output
+    assert "graphs" in result.output and "50.0%" in result.output and "…" in result.output
 
 
 def _values(loss: float, weight: float) -> dict[str, torch.Tensor]:
