@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import fx
 from . import bind
 from .found import Found, Region
 from .regions import VIEWS
+from .spellings import target_name
 from .view import GraphView
 
 MATRIX = {"linear", "matmul", "baddbmm", "sdpa"}
@@ -45,8 +47,8 @@ def _number(size: int | torch.SymInt) -> int:
     return size if isinstance(size, int) else int(size.node.hint or 1)
 
 
-def coverage(found: Found, used: list[Any]) -> tuple[int, int]:
-    """(bytes of nodes that the rewrite replaces or makes unnecessary, bytes of all) in one graph."""
+def coverage(found: Found, used: list[Any]) -> tuple[int, Counter[tuple[str, str]]]:
+    """Bytes of the nodes that the rewrite replaces or makes unnecessary, and those of the others by (place in the source, operation)."""
     view = found.view
     operands: dict[fx.Node, tuple[fx.Node, ...]] = {}
     inside: set[fx.Node] = set()
@@ -63,5 +65,8 @@ def coverage(found: Found, used: list[Any]) -> tuple[int, int]:
         if node in needed:
             needed.update(operands.get(node, node.all_input_nodes))
     total = {n: traffic(view, n) for n in view.nodes if view.alive(n)}
-    covered = sum(b for n, b in total.items() if n in inside or n not in needed or n in operands)
-    return covered, sum(total.values())
+    left = Counter[tuple[str, str]]()
+    for n, count in total.items():
+        if count and n not in inside and n in needed and n not in operands:
+            left[view.location(n), target_name(n) if n.op == "call_function" else str(n.target)] += count
+    return sum(total.values()) - left.total(), left

@@ -13,6 +13,8 @@ from .coverage import coverage
 from .found import Region
 from .rewrite import Rewritten
 
+LISTED = 8            # places that the printed report names; JSON and HTML have all
+
 
 @dataclass(frozen=True)
 class MissLine:
@@ -29,6 +31,7 @@ class Report:
 
     ``coverage``: share of the bytes moved by nodes other than matrix products and attention that rewritten regions account for, 0..1.
     ``regions``: (name, location, formula) of each distinct one. ``graphs``: how many Dynamo made. ``breaks``: reason -> how often.
+    ``rest``: (location, operation, share of all bytes) of what is not covered, the largest first.
     """
 
     counts: dict[str, int]
@@ -37,6 +40,7 @@ class Report:
     regions: tuple[tuple[str, str, str], ...]
     graphs: int
     breaks: dict[str, int] = field(default_factory=dict)
+    rest: tuple[tuple[str, str, float], ...] = ()
 
     def to_json(self, path: str | Path) -> None:
         """Write the report as JSON."""
@@ -46,6 +50,7 @@ class Report:
         return {
             "counts": self.counts, "coverage": self.coverage, "graphs": self.graphs, "breaks": self.breaks,
             "misses": [vars(m) for m in self.misses],
+            "rest": [dict(zip(("location", "operation", "share"), r)) for r in self.rest],
             "regions": [dict(zip(("name", "location", "formula"), r)) for r in self.regions],
         }  # fmt: skip
 
@@ -63,6 +68,9 @@ class Report:
         place = {(m.rule, m.reason): m.location for m in reversed(self.misses)}
         for (rule, reason), count in grouped.most_common():
             lines.append(f"  left to eager  {rule}: {reason} ({count}x, first at {place[rule, reason]})")
+        for where, what, share in self.rest[:LISTED]:
+            if share >= 0.005:
+                lines.append(f"  not covered  {share:5.1%} of the bytes: {what} at {where}")
         return "\n".join(lines)
 
 
@@ -71,7 +79,7 @@ def report(graphs: list[Rewritten], breaks: dict[str, int]) -> Report:
     from slothc.gradients.pretty import formula
 
     every = [r for g in graphs for r in g.all()]
-    total, covered, size = Counter[str](), 0, 0
+    total, covered, rest = Counter[str](), 0, Counter[tuple[str, str]]()
     misses: list[MissLine] = []
     regions: dict[str, tuple[str, str, str]] = {}
     for r in every:
@@ -80,13 +88,15 @@ def report(graphs: list[Rewritten], breaks: dict[str, int]) -> Report:
             total += item.counts() if isinstance(item, Region) else Counter({item.rule: item.count})
             if isinstance(item, Region) and item.plan.key not in regions:
                 regions[item.plan.key] = (item.rule, view.location(item.cone.sink), formula(item.plan.forward.program))
-        done, of = coverage(r.found, r.used)
-        covered, size = covered + done, size + of
+        done, left = coverage(r.found, r.used)
+        covered, rest = covered + done, rest + left
         for miss in (*r.found.misses, *r.dropped):
             misses.append(MissLine(miss.rule, view.location(miss.node), miss.reason))
     order = sorted(total, key=lambda n: (-total[n], n))
+    size = covered + rest.total()
+    places = tuple((place, what, count / size) for (place, what), count in rest.most_common())
     share = covered / size if size else 1.0
-    return Report({n: total[n] for n in order}, share, tuple(misses), tuple(regions.values()), len(graphs), breaks)
+    return Report({n: total[n] for n in order}, share, tuple(misses), tuple(regions.values()), len(graphs), breaks, places)
 
 
 def _html(r: Report) -> str:
@@ -94,10 +104,13 @@ def _html(r: Report) -> str:
     cells = ((html.escape(m.rule), html.escape(m.location), html.escape(m.reason)) for m in r.misses)
     misses = "".join(f"<tr><td>{rule}</td><td><code>{location}</code></td><td>{reason}</td></tr>" for rule, location, reason in cells)
     regions = "".join(f"<h3>{html.escape(n)} <code>{html.escape(w)}</code></h3><pre>{html.escape(f)}</pre>" for n, w, f in r.regions)
+    places = ((f"{share:.1%}", html.escape(what), html.escape(where)) for where, what, share in r.rest)
+    rest = "".join(f"<tr><td>{share}</td><td>{what}</td><td><code>{where}</code></td></tr>" for share, what, where in places)
     breaks = "".join(f"<li>{html.escape(b)} ({c}x)</li>" for b, c in r.breaks.items())
     return f"""<!doctype html><meta charset="utf-8"><title>slothc explain</title>
 <style>body{{font:15px/1.5 system-ui;max-width:60rem;margin:2rem auto;padding:0 1rem}}td{{padding:.15rem .8rem .15rem 0;vertical-align:top}}
 pre{{background:#f4f4f1;padding:.8rem;overflow:auto}}meter{{width:16rem}}</style>
 <h1>slothc explain</h1><p><meter value="{r.coverage:.4f}"></meter> {r.coverage:.1%} of the bytes covered, {r.graphs} graphs</p>
-<table>{rows}</table><ul>{breaks}</ul><h2>Left to eager</h2><table>{misses}</table><h2>Regions</h2>{regions}
+<table>{rows}</table><ul>{breaks}</ul><h2>Left to eager</h2><table>{misses}</table>
+<h2>Bytes not covered</h2><table>{rest}</table><h2>Regions</h2>{regions}
 """

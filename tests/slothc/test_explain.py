@@ -128,3 +128,11 @@ def test_explain_leaves_python_randomness_alone(seed: int) -> None:
     random.seed(seed)
     slothc.explain(tm.model("llama"), **tm.batch())
     assert random.random() == expected
+
+
+def test_what_is_not_covered_is_named_and_adds_up() -> None:
+    report = slothc.explain(tm.model("falcon_h1"), **tm.batch())
+    assert abs(sum(share for *_, share in report.rest) - (1 - report.coverage)) < 1e-6
+    where, what, share = report.rest[0]
+    assert "falcon_h1" in where and what and share == max(s for *_, s in report.rest)
+    assert f"{what} at {where}" in str(report)
