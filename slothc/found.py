@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -118,7 +117,7 @@ def _region(found: Found, growth: Growth, cone: Cone) -> Region | None:
             return Region(cone, known.plan, tuple(inputs[k] for k in known.operands), made)
         if known.barred is None:
             return None
-        barred = nodes[known.barred] if known.barred >= 0 else inputs[-1 - known.barred]
+        barred = nodes[known.barred]
         _report(found, cone, barred, known.reason)
         if barred is cone.sink or barred not in cone.nodes:
             return None
@@ -212,9 +211,3 @@ def placeable(view: GraphView, growth: Growth, cone: Cone) -> bool:
     if not all(growth.steady(n, cone.results[-1]) for n in cone.nodes):
         return False
     return last < growth.order[cone.results[-1]] and len({view.grad_enabled(n) for n in cone.nodes}) == 1
-
-
-def located(view: GraphView, misses: list[Miss]) -> Iterator[tuple[str, str, str]]:
-    """(rule, location, reason) of every miss."""
-    for miss in misses:
-        yield miss.rule, view.location(miss.node), miss.reason

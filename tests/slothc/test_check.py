@@ -1,0 +1,45 @@
+"""The check sees functions that have values only at positive numbers, and lets nothing through that it could not compare."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from slothc.kernels import rowwise_op
+from torch import Tensor
+
+from slothc.capture import found_in
+from slothc.check import check
+from slothc.errors import VerificationFailed
+from slothc.found import Region
+from slothc.regions import leaves
+
+
+def run(function: Callable[..., Tensor], wrong: float = 0.0) -> dict[str, tuple[float, float]]:
+    found = found_in(function, (torch.rand(2, 5, 16) + 0.5,))
+    region: Region = found.regions[0]
+    inputs = leaves(region.cone)
+    place, call = [inputs.index(n) for n in region.operands], rowwise_op.call(region.plan)
+    return check(
+        found.view, list(region.cone.nodes), inputs, region.cone.results, lambda *v: call(*(v[k] for k in place)) + wrong
+    )
+
+
+def logarithm(x: Tensor) -> Tensor:
+    return (torch.log(x) + torch.sqrt(x)).sum(-1, keepdim=True) * x
+
+
+def never(x: Tensor) -> Tensor:
+    return torch.log(-x * x) * x
+
+
+def test_a_function_of_positive_numbers_is_checked() -> None:
+    assert all(ours < 1e-6 for ours, _ in run(logarithm).values())
+    with pytest.raises(VerificationFailed, match="result 0"):
+        run(logarithm, wrong=0.01)
+
+
+def test_what_has_no_value_at_any_draw_is_not_let_through() -> None:
+    with pytest.raises(VerificationFailed, match="could not be checked"):
+        run(never)
