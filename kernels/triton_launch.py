@@ -19,6 +19,7 @@ from .triton_source import Groups, arguments, source
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 ROW_LIMIT = 16384            # lanes of a row that one block holds: 16 warps x 32 threads x 32 fp32 registers
+FUSION = False               # a b - a b is 0 as in eager: with one of the products in a fused multiply-add it is that product's rounding
 PROGRAMS_PER_PROCESSOR = 2   # persistent programs per multiprocessor for gradients summed over rows
 
 
@@ -107,7 +108,7 @@ class TritonLauncher(Recorded):
         totals = [(p.folded(k), bound.lanes if p.program.kinds[o.value].lanes else 1, place)
                   for k, (o, place) in enumerate(zip(outputs, bound.stores)) if o.over_rows]  # fmt: skip
         totals.sort(key=lambda t: t[0])                                   # as the kernel's arguments: column sums, then folds
-        constants = dict(BLOCK_R=shape.block_r, BLOCK_L=shape.block_l, WIDE=bound.wide, num_warps=shape.warps)
+        constants = dict(BLOCK_R=shape.block_r, BLOCK_L=shape.block_l, WIDE=bound.wide, num_warps=shape.warps, enable_fp_fusion=FUSION)
 
         def launch(reads: Sequence[Tensor], writes: Sequence[Tensor]) -> None:
             make = torch.zeros if shape.loop else torch.empty

@@ -51,8 +51,7 @@ def linear_cross_entropy(
     spec = Loss(text, int(ignore_index), float(label_smoothing), reduction, dtype or DTYPE[Chain.parse(text).result])
     _validate(hidden, weight, bias, labels, spec)
     flat, rows = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
-    with no_autocast(hidden.device):
-        loss = _apply(flat, weight, bias, rows, spec)
+    loss = _apply(flat, weight, bias, rows, spec)
     return loss.reshape(labels.shape) if reduction == "none" else loss
 
 
@@ -63,8 +62,7 @@ def linear_logsumexp(
     text = chain if chain is not None else NAMES[hidden.dtype]
     spec = Loss(text, -100, -1.0, "none", dtype or DTYPE[Chain.parse(text).result])
     _validate(hidden, weight, bias, None, spec)
-    with no_autocast(hidden.device):
-        return _apply(hidden.reshape(-1, hidden.shape[-1]), weight, bias, None, spec).reshape(hidden.shape[:-1])
+    return _apply(hidden.reshape(-1, hidden.shape[-1]), weight, bias, None, spec).reshape(hidden.shape[:-1])
 
 
 @torch.no_grad()
@@ -116,7 +114,8 @@ def _forward(
     """The reduced loss, what multiplies the gradients besides the upstream one ([] or [n], fp32), and the gradients."""
     bad = _labels_out_of_range(labels, weight.shape[0], loss.ignore_index)
     now = wants if _in_forward(loss, wants) else (False, False, False)
-    losses, grads = losses_and_gradients(Operands.of(hidden, weight, bias, labels, loss.compute), loss, now)
+    with no_autocast(hidden.device):
+        losses, grads = losses_and_gradients(Operands.of(hidden, weight, bias, labels, loss.compute), loss, now)
     value, factor = _reduced(losses, labels, bad, loss)
     return value.to(loss.dtype), factor, grads
 
@@ -193,7 +192,8 @@ def _remade(
     wants: Wants,
 ) -> Gradients:
     ops = Operands.of(hidden, weight, bias, labels, loss.compute)
-    return gradients(ops, loss, (upstream.float() * factor).contiguous(), wants)
+    with no_autocast(hidden.device):
+        return gradients(ops, loss, (upstream.float() * factor).contiguous(), wants)
 
 
 def _three(items: Iterable[T]) -> tuple[T, T, T]:
