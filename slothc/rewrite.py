@@ -17,6 +17,7 @@ from slothc.kernels import rowwise_op
 from slothc.patterns.rule import Match, Miss
 
 from . import bind
+from .blocks import Block, blocks
 from .check import check
 from .errors import RegionDropped, VerificationFailed
 from .found import Found, Region, find
@@ -35,6 +36,7 @@ class Rewritten:
 
     found: Found
     used: list[Region | Match] = field(default_factory=list)
+    blocks: list[Block] = field(default_factory=list)
     dropped: list[Miss] = field(default_factory=list)
     children: list[Rewritten] = field(default_factory=list)
 
@@ -50,24 +52,34 @@ def rewrite(module: fx.GraphModule, options: Options, run: bool = True, view: Gr
     for caller, child in view.child_modules():
         result.children.append(rewrite(child, options, run, view.child(caller, child)))
     items: list[Region | Match] = [*result.found.regions, *result.found.matches]
+    joined = blocks(view, items) if run else []
+    members = [m for b in joined for m in b.members]
     if run and options.verify != "off":
-        _check_together(view, items)
+        _check_together(view, [*joined, *(i for i in items if i not in members)])
+    for block in joined:
+        if _usable(result, block, block.place, options):
+            result.blocks.append(block)
+            result.used += block.members
     for item in items:
-        _use(result, item, options, run)
+        if item not in result.used and (not run or _usable(result, item, _place(item), options)):
+            result.used.append(item)
     if run:
-        _Splice(view).all(result.used)
+        _Splice(view).all(result)
     return result
 
 
-def _use(result: Rewritten, item: Region | Match, options: Options, run: bool) -> None:
-    view, node = result.found.view, item.cone.sink if isinstance(item, Region) else item.node
-    if run:
-        try:
-            _checked(view, item, options)
-        except Exception as error:
-            result.dropped.append(_drop(view, item.rule, node, error))
-            return
-    result.used.append(item)
+def _place(item: Region | Match) -> fx.Node:
+    return item.cone.sink if isinstance(item, Region) else item.node
+
+
+def _usable(result: Rewritten, item: Region | Match | Block, node: fx.Node, options: Options) -> bool:
+    """Whether the item passes its check; if not it is dropped with a warning."""
+    try:
+        _checked(result.found.view, item, options)
+    except Exception as error:
+        result.dropped.append(_drop(result.found.view, item.rule, node, error))
+        return False
+    return True
 
 
 def _drop(view: GraphView, rule: str, node: fx.Node, error: Exception) -> Miss:
@@ -82,9 +94,9 @@ def _drop(view: GraphView, rule: str, node: fx.Node, error: Exception) -> Miss:
 _warned: set[str] = set()
 
 
-def _checked(view: GraphView, item: Region | Match, options: Options) -> None:
+def _checked(view: GraphView, item: Region | Match | Block, options: Options) -> None:
     """Check a rewrite, once for each distinct plan, dtype and device. Raises what the check raises."""
-    job = _region_job(view, item) if isinstance(item, Region) else _match_job(view, item)
+    job = _job(view, item)
     if job is None or options.verify == "off" or job.device.type == "meta":
         return
     if job.key not in _verdicts or options.verify == "always":
@@ -104,11 +116,11 @@ def _judge(view: GraphView, job: _Job) -> str | None:
     return None
 
 
-def _check_together(view: GraphView, items: list[Region | Match]) -> None:
+def _check_together(view: GraphView, items: list[Region | Match | Block]) -> None:
     """Check what is new side by side: on an accelerator a check mostly waits for its kernels to be compiled."""
     jobs: dict[str, _Job] = {}
     for item in items:
-        job = _region_job(view, item) if isinstance(item, Region) else _match_job(view, item)
+        job = _job(view, item)
         if job is not None and job.key not in _verdicts and job.device.type == "cuda":
             jobs.setdefault(job.key, job)
     if len(jobs) < 2:
@@ -128,6 +140,23 @@ class _Job:
     results: tuple[fx.Node, ...]
     ours: Callable[..., Any]
     resizable: bool = True
+
+
+def _job(view: GraphView, item: Region | Match | Block) -> _Job | None:
+    if isinstance(item, Block):
+        return _block_job(view, item)
+    return _region_job(view, item) if isinstance(item, Region) else _match_job(view, item)
+
+
+def _block_job(view: GraphView, block: Block) -> _Job:
+    """All the block's results from what its call reads."""
+    given = list(dict.fromkeys(block.operands))
+    place = [given.index(n) for n in block.operands]
+    nodes = {n for r in block.results for n in _between(r, set(given))}
+    call, device = block.call(view), view.value(block.x).device
+    text = " ".join(f"{_widths(view, n)}{view.value(n).dtype}{view.needs_grad(n)}" for n in block.operands)
+    key = f"{block.rule} {block.region.plan.key if block.region else ''} {[m.inputs['scale'] for m in block.matches]} {text} {device}"
+    return _Job(key, device, list(nodes), given, block.results, lambda *values: call(*(values[k] for k in place)))
 
 
 def _region_job(view: GraphView, region: Region) -> _Job:
@@ -188,8 +217,11 @@ class _Splice:
         self.new: dict[fx.Node, fx.Node] = {}
         self.effects = {n for n in view.nodes if view.has_effect(n)}
 
-    def all(self, items: list[Region | Match]) -> None:
-        for item in items:
+    def all(self, result: Rewritten) -> None:
+        members = [m for b in result.blocks for m in b.members]
+        for block in result.blocks:
+            self.calls(block.place, block.call(self.view), block.operands, block.results)
+        for item in (i for i in result.used if i not in members):
             if isinstance(item, Region):
                 self.region(item)
             else:
@@ -219,8 +251,12 @@ class _Splice:
         if len(results) == 1:
             self.replace(results[0], call, region.operands, {})
             return
-        with self.graph.inserting_before(results[-1]):                         # the first of its results: found.placeable
-            made = self.graph.call_function(call, self._current(region.operands))
+        self.calls(results[-1], call, region.operands, results)                # the first of its results: found.placeable
+
+    def calls(self, place: fx.Node, call: Callable[..., Any], operands: tuple[fx.Node, ...], results: tuple[fx.Node, ...]) -> None:
+        """One call before ``place`` whose values take the places of ``results``."""
+        with self.graph.inserting_before(place):
+            made = self.graph.call_function(call, self._current(operands))
             values = [self.graph.call_function(operator.getitem, (made, k)) for k in range(len(results))]
         for node, value in zip(results, values):
             self._instead(node, value)

@@ -1,0 +1,144 @@
+"""Adapted linears that read one value, and the row program that makes it, as one differentiable operation.
+
+    x, more = region(operands),      y_i = x W_i' + s_i (x A_i') B_i'
+
+x is read by these linears alone, so nobody keeps it: the backward of the region makes it again while it reads the same rows
+(``gradients.remake``), for the gradients of the A_i. Without a region, x is an operand like the others, and kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from slothc.gradients.plan import Plan
+from slothc.gradients.remake import Remaking, remaking
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import rowwise_op
+from .lowrank import _rows, _without_autocast, lora_linear
+from .products import LOW, widens
+from .rowwise import launcher
+from .siblings_program import Stacked, stacked
+
+
+@dataclass(frozen=True)
+class Siblings:
+    """What is static of a call: the region's plan (None: x is given), and scale and rank of each linear."""
+
+    plan: Plan | None
+    scales: tuple[float, ...]
+    ranks: tuple[int, ...]
+
+    @cached_property
+    def again(self) -> Remaking | None:
+        """The region's backward that makes x again; None without a region."""
+        return None if self.plan is None else remaking(self.plan)
+
+    @cached_property
+    def reads(self) -> int:
+        """The operands before the linears' W, A, B: the region's, or x."""
+        return 1 if self.plan is None else len(self.plan.forward.reads)
+
+    @cached_property
+    def kept(self) -> tuple[int, ...]:
+        """The region's operands that its backward and the remaking of x read."""
+        if self.plan is None:
+            return (0,)
+        assert self.again is not None
+        return (*self.plan.saved_operands, *self.again.more)
+
+    def code(self, like: Tensor) -> Stacked:
+        return stacked(self.scales, self.ranks, like.dtype in LOW and widens(like.device))
+
+
+def call(plan: Plan | None, scales: Sequence[float], ranks: Sequence[int]) -> Callable[..., tuple[Tensor, ...]]:
+    """A function of (the region's operands, or x; then W [N, K], A [r, K], B [N, r] of each linear): (y of each, the region's other results).
+
+    W is frozen, everything is of one dtype. Raises ValueError for a region without a backward.
+    """
+    static = Siblings(plan, tuple(scales), tuple(ranks))
+    if plan is not None:
+        if static.again is None:
+            raise ValueError("siblings: the region has no backward that makes its result again")
+        rowwise_op.register(plan)
+
+    def run(*tensors: Tensor) -> tuple[Tensor, ...]:
+        if torch.compiler.is_compiling() or any(isinstance(t, torch._subclasses.FakeTensor) for t in tensors):
+            return _apart(static, tensors)
+        if torch.is_grad_enabled():
+            return _Siblings.apply(static, *tensors)
+        return _forward(static, tensors)[0]
+
+    run.__name__ = f"siblings_{len(static.scales)}{'' if plan is None else '_' + plan.key}"
+    return run
+
+
+def _apart(s: Siblings, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The same as operations that another compiler can trace."""
+    made: Any = tensors[0] if s.plan is None else rowwise_op.call(s.plan)(*tensors[: s.reads])
+    x, *more = made if isinstance(made, tuple) else (made,)
+    each = zip(*(tensors[s.reads + k :: 3] for k in range(3)))
+    return (*(lora_linear(x, None, w, None, a, b, scale) for scale, (w, a, b) in zip(s.scales, each)), *more)
+
+
+def _forward(s: Siblings, tensors: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor, Tensor, Tensor]:
+    """(results, what the region keeps, x as rows, T, stacked A)."""
+    if s.plan is None:
+        x, more, stored = tensors[0], (), ()
+    else:
+        written = launcher(s.plan.forward)(tensors[: s.reads])
+        x, more, stored = written[0], tuple(written[1 : s.plan.results]), tuple(written[s.plan.results :])
+    rows = _rows(x)
+    with _without_autocast(x.device):
+        *ys, t, a = s.code(x).forward(rows, *tensors[s.reads :])
+    shaped = (torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[1]]) for y in ys)   # no view: the model may write into it
+    return (*shaped, *more), stored, rows, t, a
+
+
+class _Siblings(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, s: Siblings, *tensors: Tensor) -> tuple[Tensor, ...]:
+        results, stored, rows, t, a = _forward(s, tensors)
+        ctx.s, ctx.stored, ctx.lead = s, len(stored), results[0].shape[:-1]
+        kept = [tensors[k] for k in s.kept] if s.plan is not None else [rows]
+        base = [tensors[s.reads + k] for k in range(len(tensors) - s.reads) if k % 3 != 1]
+        ctx.save_for_backward(*kept, *stored, t, a, *base)
+        ctx.shape = tensors[0].shape
+        return results
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        s: Siblings = ctx.s
+        count = len(s.scales)
+        kept, (t, a, *base) = ctx.saved_tensors[: len(s.kept) + ctx.stored], ctx.saved_tensors[len(s.kept) + ctx.stored :]
+        gs = [_rows(g) for g in gradients[:count]]
+        code = s.code(t)
+        found: list[Tensor | None] = [None] * (s.reads + 1)
+        with _without_autocast(t.device):
+            dx, u = code.towards(*gs, *base, a)
+            if s.plan is None:
+                x, found[1] = kept[0], dx.view(ctx.shape)
+            else:
+                x = _region_backward(ctx, s, kept, [dx.view(*ctx.lead, dx.shape[1]), *gradients[count:]], found)
+            pairs = code.weights(*gs, x, t, u)
+        each = [(None, pairs[2 * k], pairs[2 * k + 1]) for k in range(count)]
+        return (*found, *(g for linear in each for g in linear))
+
+
+def _region_backward(ctx: Any, s: Siblings, kept: Sequence[Tensor], gradients: Sequence[Tensor], found: list[Tensor | None]) -> Tensor:
+    """Fills ``found`` with the gradients of the region's operands; x made again, as rows."""
+    plan, again = s.plan, s.again
+    assert plan is not None and again is not None
+    held = len(plan.saved_operands)
+    operands, more, stored = kept[:held], kept[held : len(s.kept)], kept[len(s.kept) :]
+    *made, x = launcher(again.backward)([*operands, *stored, *gradients, *more])
+    for operand, which in zip(plan.wrt, plan.targets):
+        if ctx.needs_input_grad[operand + 1]:
+            found[operand + 1] = made[which]
+    return _rows(x)

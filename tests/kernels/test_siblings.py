@@ -1,0 +1,137 @@
+"""Adapted linears that read one value, with and without the region that makes it, against the same model code in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from contract import Errors, cast, compare, run
+from slothc.kernels import joined, siblings, summed
+from slothc.kernels.products import native
+from slothc.kernels.siblings_program import stacked
+from torch import Tensor
+
+from slothc.capture import region_of
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [d for d in (torch.float32, torch.bfloat16) if native(DEVICE, d)]
+WIDTHS, RANKS, SCALES = (16, 24, 8, 40), (4, 8, 4, 3), (1.0, 0.5, 2.0, 0.25)
+
+
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
+
+
+def added_norm(x: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    h = x + r
+    f = h.float()
+    return (f * torch.rsqrt(f.pow(2).mean(-1, keepdim=True) + 1e-6)).to(h.dtype), h
+
+
+def linears(x: Tensor, flat: Sequence[Tensor], scales: Sequence[float]) -> tuple[Tensor, ...]:
+    each = zip(flat[::3], flat[1::3], flat[2::3])
+    return tuple(F.linear(x, w.detach()) + s * F.linear(F.linear(x, a), b) for s, (w, a, b) in zip(scales, each))
+
+
+def draw(operands: int, count: int, rows: tuple[int, ...] = (2, 5)) -> list[Tensor]:
+    made = [torch.randn(*rows, 32, dtype=torch.float64) for _ in range(operands)]
+    for n, r in zip(WIDTHS[:count], RANKS):
+        made += [torch.randn(n, 32, dtype=torch.float64) / 6, torch.randn(r, 32, dtype=torch.float64) / 6, torch.randn(n, r, dtype=torch.float64)]
+    return made
+
+
+def forms(count: int) -> dict[str, tuple[Callable[..., Any] | None, int, Callable[..., tuple[Tensor, ...]]]]:
+    """name -> (region or None, its operands, what all of it computes)."""
+    scales = SCALES[:count]
+
+    def after_norm(x: Tensor, r: Tensor, *flat: Tensor) -> tuple[Tensor, ...]:
+        y, h = added_norm(x, r)
+        return (*linears(y, flat, scales), h)
+
+    return {
+        "given": (None, 1, lambda x, *flat: linears(x, flat, scales)),
+        "gated": (gated, 2, lambda gate, up, *flat: linears(gated(gate, up), flat, scales)),
+        "norm of a sum that goes on": (added_norm, 2, after_norm),
+    }
+
+
+def frozen(f: Callable[..., Any], operands: int) -> Callable[..., Any]:
+    """The base weights get no gradient."""
+    return lambda *t: f(*(x if k < operands or (k - operands) % 3 else x.detach() for k, x in enumerate(t)))
+
+
+@pytest.mark.parametrize("rows", [(2, 5), (1, 1), (1, 67)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+@pytest.mark.parametrize("name", ["given", "gated", "norm of a sum that goes on"])
+def test_contract(name: str, count: int, dtype: torch.dtype, rows: tuple[int, ...]) -> None:
+    region, operands, whole = forms(count)[name]
+    plan = region_of(region, cast(draw(operands, 0), dtype, DEVICE), dtype).plan if region else None
+    ours, errors = frozen(siblings.call(plan, SCALES[:count], RANKS[:count]), operands), Errors()
+    torch.manual_seed(2)
+    errors.over(
+        lambda: compare(errors, lambda a, g: run(ours, a, g).values, frozen(whole, operands), cast(draw(operands, count, rows), dtype, DEVICE))
+    )
+
+
+def test_x_is_not_kept() -> None:
+    """Of a region's result nothing is left for the backward: what is saved are its operands, T [tokens, ranks], A and the weights."""
+    plan = region_of(gated, draw(2, 0), torch.float32).plan
+    tensors = [t.requires_grad_() for t in cast(draw(2, 2), torch.float32, DEVICE)]
+    saved: list[tuple[int, ...]] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
+        siblings.call(plan, SCALES[:2], RANKS[:2])(*tensors)
+    assert sorted(s for s in saved if s[-1:] == (32,) and len(s) == 3) == [(2, 5, 32)] * 2
+    assert (10, 12) in saved
+
+
+def test_a_region_without_a_backward_is_refused() -> None:
+    arguments = [t.float() for t in draw(2, 0)]
+    from slothc.capture import captured
+    from slothc.found import find
+    from slothc.options import Options
+    from slothc.view import GraphView
+
+    found = find(GraphView(captured(added_norm, arguments)), Options())
+    with pytest.raises(ValueError, match="no backward"):
+        siblings.call(found.regions[0].plan, SCALES[:1], RANKS[:1])
+
+
+def test_the_program_is_the_derived_plan() -> None:
+    """Every line that multiplies stands over the equation it comes from."""
+    text = stacked(SCALES[:2], RANKS[:2], False).source
+    for equation in ("T = X A'", "Y = s T B' + X W'", "U = G B", "dX = s U A + G W", "dA = s U' X", "dB = s G' T"):
+        assert f"# {equation}" in text
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_sums_of_products(count: int) -> None:
+    m, n, r = 37, 48, 20
+    pairs = [(torch.randn(m, k, device=DEVICE), torch.randn(k, n, device=DEVICE)) for k in (16, 64, 24, 8, 40)[:count]]
+    a, b = torch.randn(m, r, device=DEVICE), torch.randn(r, n, device=DEVICE)
+    truth = a.double() @ b.double() + sum(x.double() @ w.double() for x, w in pairs)
+    assert float((summed.summed(pairs, a, b).double() - truth).norm() / truth.norm()) < 1e-6
+
+
+@pytest.mark.usefixtures("triton_kernels")
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_the_kernel_sums_over_all_pairs(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One rounding of the whole sum, at sizes that are no multiple of a block."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(summed, "_fits", lambda x, w: True)
+        monkeypatch.setattr(summed, "_processors", lambda device: 2)
+    elif not joined._hopper(torch.device(DEVICE)):
+        pytest.skip("no bulk tensor copies")
+    m, n, r = 136, 264, 12
+    made = torch.Generator().manual_seed(0)
+    draw_ = lambda *s: torch.randn(*s, generator=made).to(DEVICE, torch.float16)  # noqa: E731
+    pairs = [(draw_(m, k), draw_(k, n)) for k in (72, 64, 8, 136)[:count]]
+    a, b = draw_(m, r), draw_(r, n)
+    truth = a.double() @ b.double() + sum(x.double() @ w.double() for x, w in pairs)
+    error = float((summed.summed(pairs, a, b).double() - truth).norm() / truth.norm())
+    once = float((truth.half().double() - truth).norm() / truth.norm())
+    assert error < (1.05 * once if count < 4 else 2.5 * once)
+    assert torch.device(DEVICE) not in summed._broken
