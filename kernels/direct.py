@@ -11,7 +11,7 @@ import inspect
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from types import BuiltinFunctionType, FunctionType
+from types import FunctionType
 from typing import Any, TypeAlias
 
 import torch
@@ -170,7 +170,7 @@ def _raw(run: Any) -> tuple[Any, dict[str, Any]] | None:
         if set(cell) != {"launcher", "tensordesc_indices", "tensordesc_meta"}:
             return None
         launch = cell["launcher"]
-    return (launch, cell) if isinstance(launch, BuiltinFunctionType) else None
+    return launch, cell
 
 
 def hooked(kernel: Any) -> bool:
