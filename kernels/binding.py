@@ -120,6 +120,14 @@ def fold_rows(part: Tensor, place: Placement) -> Tensor:
     return part.sum(over) if over else part
 
 
+def summed(part: Tensor, target: Tensor, place: Placement, lanes: int) -> None:
+    """Write the sum of [partials, lanes or 1] over its first axis to ``target``."""
+    if target.dtype is part.dtype and (part.shape[1] == lanes or not place.lane):
+        torch.sum(part, 0, out=target.as_strided((part.shape[1],), (place.lane,), target.storage_offset() + place.offset))
+    else:
+        put(target, place, part.sum(0), lanes)                            # out= would round before it sums
+
+
 def put(target: Tensor, place: Placement, total: Tensor, lanes: int) -> None:
     """Write a sum over rows, [kept row axes..., lanes or 1], to its places in ``target``; one value may go to every lane."""
     strides = [s for s in place.rows if s != 0] if total.dim() > 1 else []
@@ -177,6 +185,29 @@ def _empty(shape: tuple[int, ...], operand: Operand, device: torch.device) -> Te
         return make(shape, dtype=DTYPE[operand.dtype], device=device)
     outer = make([shape[d] for d in order], dtype=DTYPE[operand.dtype], device=device)
     return outer.permute([order.index(d) for d in range(len(shape))])
+
+
+_device = getattr(torch._C, "_cuda_getDevice", None)
+_quick = getattr(getattr(torch._C._dynamo, "guards", None), "_empty_strided_cuda", None)
+
+
+class Blanks:
+    """``blanks()``: new tensors like those of one allocation, their sizes and strides not worked out again."""
+
+    def __init__(self, results: Sequence[Tensor], zeros: Sequence[bool]) -> None:
+        self.index = results[0].device.index if results and results[0].device.type == "cuda" and _quick else None
+        self.made = [(tuple(t.shape), t.stride(), t.dtype, t.device, zero) for t, zero in zip(results, zeros)]
+
+    def __call__(self) -> list[Tensor]:
+        quick = self.index is not None and self.index == _device()        # type: ignore[misc]
+        results = []
+        for size, stride, dtype, device, zero in self.made:
+            if quick:
+                t = _quick(size, stride, dtype)                           # type: ignore[misc]
+            else:
+                t = torch.empty_strided(size, stride, dtype=dtype, device=device)
+            results.append(t.zero_() if zero else t)
+        return results
 
 
 def _merge(shape: list[int], placements: list[Placement]) -> tuple[tuple[int, ...], ...]:

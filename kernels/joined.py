@@ -9,15 +9,23 @@ from __future__ import annotations
 
 import functools
 import warnings
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+
+from .binding import Blanks
+from .direct import Direct
 
 LOW = (torch.bfloat16, torch.float16)
 CHUNK = 64            # columns of the low-rank factors in one dot
 # one block shape for all sizes, so that only a weight's layout and dtype compile anew: the best tried on an 8B Llama's linears (H100)
 BLOCK_M, BLOCK_N, BLOCK_K, GROUP, STAGES = 128, 256, 64, 16, 4
+KEPT = 512                    # geometries that are remembered
+
+Record: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]        # (a, b, x, w)
+_records: dict[tuple[Any, ...], Record] = {}
 
 
 @functools.cache
@@ -41,13 +49,35 @@ def rounds_once(device: torch.device, dtype: torch.dtype) -> bool:
 
 def joined(a: Tensor, b: Tensor, alpha: float, x: Tensor, w: Tensor) -> Tensor:
     """x w + alpha a b for x [m, k], w [k, n], a [m, r], b [r, n] of one dtype, rounded once to it (fp32 and fp64 as torch does)."""
+    if not x.is_cuda:
+        return _record(a, b, alpha, x, w)(a, b, x, w)
+    key = (
+        x.device, alpha, x.shape, x.stride(), x.dtype, w.shape, w.stride(), w.dtype, a.shape, a.stride(), a.dtype,
+        b.shape, b.stride(), b.dtype,
+    )  # fmt: skip
+    record = _records.get(key)
+    if record is None:
+        record = _records[key] = _record(a, b, alpha, x, w)
+        if len(_records) > KEPT:
+            _records.pop(next(iter(_records)))
+    return record(a, b, x, w)
+
+
+def _record(a: Tensor, b: Tensor, alpha: float, x: Tensor, w: Tensor) -> Record:
+    """How operands of these dtypes, shapes and strides are summed."""
     if x.dtype not in LOW or rounds_once(x.device, x.dtype):
-        y = torch.mm(a, b) if alpha == 1 else a.new_empty(a.shape[0], b.shape[1]).addmm_(a, b, beta=0, alpha=alpha)
-        return y.addmm_(x, w)
+        return lambda a, b, x, w: _onto(a, b, alpha, x, w)
     if _fits(x, w):
-        y = torch.empty(x.shape[0], w.shape[1], dtype=x.dtype, device=x.device)
-        if y.numel() == 0 or _launch(a, b, alpha, x, w, y):
-            return y
+        return _Launch(a, b, alpha, x, w)
+    return lambda a, b, x, w: _wide(a, b, alpha, x, w)
+
+
+def _onto(a: Tensor, b: Tensor, alpha: float, x: Tensor, w: Tensor) -> Tensor:
+    y = torch.mm(a, b) if alpha == 1 else a.new_empty(a.shape[0], b.shape[1]).addmm_(a, b, beta=0, alpha=alpha)
+    return y.addmm_(x, w)
+
+
+def _wide(a: Tensor, b: Tensor, alpha: float, x: Tensor, w: Tensor) -> Tensor:
     wide = torch.mm(x, w, out_dtype=torch.float32)
     return torch.addmm(wide, a, b, alpha=alpha, out_dtype=torch.float32).to(x.dtype)
 
@@ -65,52 +95,63 @@ def _hopper(device: torch.device) -> bool:
 
 
 def _fits(x: Tensor, w: Tensor) -> bool:
-    """What the copy engine asks for: 16-byte rows and addresses, one dimension without gaps."""
+    """What the copy engine asks of shapes and strides: 16-byte rows, one dimension without gaps."""
     if not _hopper(x.device) or x.stride(1) != 1 or 1 not in w.stride():
         return False
     rows = w.stride(1) if w.stride(0) == 1 else w.stride(0)
-    aligned = all(t.data_ptr() % 16 == 0 for t in (x, w))
-    return aligned and x.stride(0) % 8 == 0 and rows % 8 == 0 and w.shape[1] % 8 == 0 and x.shape[1] % 8 == 0
+    return x.stride(0) % 8 == 0 and rows % 8 == 0 and w.shape[1] % 8 == 0 and x.shape[1] % 8 == 0 < x.shape[1]
 
 
 @functools.cache
 def _kernel() -> Any:
     from . import joined_kernel
 
-    return joined_kernel.kernel
+    return joined_kernel.joined
 
 
 _broken: set[torch.device] = set()
 
 
-def _launch(a: Tensor, b: Tensor, alpha: float, x: Tensor, w: Tensor, y: Tensor) -> bool:
-    """Run the kernel; False where it cannot be built for this device, which is remembered."""
-    if x.device in _broken:
-        return False
-    from triton.tools.tensor_descriptor import TensorDescriptor
+class _Launch:
+    """The kernel for one geometry; in fp32 with one more pass where addresses do not suit it or it cannot be built for the device."""
 
-    (m, k), n, r = x.shape, w.shape[1], a.shape[1]
-    nk = w.stride(0) == 1 and (w.stride(1) != 1 or k == 1)                # the weight lies as [n, k]
-    weight = w.t() if nk else w
-    tiles = -(-m // BLOCK_M) * -(-n // BLOCK_N)
-    processors = _processors(x.device)
-    try:
-        _kernel()[(min(tiles, processors),)](
-            TensorDescriptor(x, x.shape, x.stride(), [BLOCK_M, BLOCK_K]),
-            TensorDescriptor(weight, weight.shape, weight.stride(), [BLOCK_N, BLOCK_K] if nk else [BLOCK_K, BLOCK_N]),
-            TensorDescriptor(y, y.shape, y.stride(), [BLOCK_M, BLOCK_N // 2]),
-            a, b, alpha, m, n, k, r, a.stride(0), a.stride(1), b.stride(0), b.stride(1),
+    def __init__(self, a: Tensor, b: Tensor, alpha: float, x: Tensor, w: Tensor) -> None:
+        (m, k), n, r = x.shape, w.shape[1], a.shape[1]
+        self.alpha, self.device = alpha, x.device
+        nk = w.stride(0) == 1 and (w.stride(1) != 1 or k == 1)            # the weight lies as [n, k]
+        weight = w.t() if nk else w
+        self.blank = Blanks([torch.empty(m, n, dtype=x.dtype, device=x.device)], [False])
+        self.empty = m * n == 0
+        descriptors = [
+            (tuple(x.shape), x.stride(), [BLOCK_M, BLOCK_K]),
+            (tuple(weight.shape), weight.stride(), [BLOCK_N, BLOCK_K] if nk else [BLOCK_K, BLOCK_N]),
+            ((m, n), (n, 1), [BLOCK_M, BLOCK_N // 2]),
+        ]
+        processors = _processors(x.device)
+        options = dict(
             NK=nk, RANK=min(CHUNK, max(16, 1 << (r - 1).bit_length())), BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, GROUP=GROUP,
             PROGRAMS=processors, num_stages=STAGES, num_warps=8,
         )  # fmt: skip
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        _broken.add(x.device)
-        text = f"sloth sums LoRA and its base in fp32 on {x.device}, with one more pass: {type(error).__name__}: {error}"
-        warnings.warn(text, RuntimeWarning, stacklevel=2)
-        return False
-    return True
+        numbers = [alpha, m, n, k, r, *a.stride(), *b.stride()]
+        tiles = -(-m // BLOCK_M) * -(-n // BLOCK_N)
+        self.run = Direct(_kernel(), (min(tiles, processors),), numbers, options, x.device, descriptors)
+
+    def __call__(self, a: Tensor, b: Tensor, x: Tensor, w: Tensor) -> Tensor:
+        if (x.data_ptr() | w.data_ptr()) % 16 or self.device in _broken:
+            return _wide(a, b, self.alpha, x, w)
+        (y,) = self.blank()
+        if self.empty:
+            return y
+        try:
+            self.run((x, w, y, a, b))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            _broken.add(self.device)
+            text = f"sloth sums LoRA and its base in fp32 on {self.device}, with one more pass: {type(error).__name__}: {error}"
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
+            return _wide(a, b, self.alpha, x, w)
+        return y
 
 
 @functools.cache

@@ -5,7 +5,7 @@ import triton.language as tl
 
 
 @triton.jit(do_not_specialize=["alpha", "M", "N", "K", "R", "sa_m", "sa_r", "sb_r", "sb_n"])
-def kernel(x, w, y, a, b, alpha, M, N, K, R, sa_m, sa_r, sb_r, sb_n,
+def joined(x, w, y, a, b, alpha, M, N, K, R, sa_m, sa_r, sb_r, sb_n,
            NK: tl.constexpr, RANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
            GROUP: tl.constexpr, PROGRAMS: tl.constexpr):  # fmt: skip
     """y [M, N] = x [M, K] w + alpha a [M, R] b [R, N]; x, w, y are tensor descriptors, w is [N, K] where NK, else [K, N]."""

@@ -10,7 +10,7 @@ import torch
 from slothc.gradients.plan import Pass
 from torch import Tensor
 
-from .binding import Binder
+from .binding import Binder, Blanks
 
 Launch: TypeAlias = Callable[[Sequence[Tensor], Sequence[Tensor]], None]
 KEPT = 512
@@ -21,18 +21,30 @@ class Recorded(ABC):
 
     def __init__(self, p: Pass) -> None:
         self.p, self.binder = p, Binder(p)
-        self.records: dict[tuple[Any, ...], Launch] = {}
+        self.records: dict[tuple[Any, ...], tuple[Launch, Blanks | None]] = {}
 
     def __call__(self, reads: Sequence[Tensor], writes: Sequence[Tensor] | None = None) -> list[Tensor]:
-        results = self.binder.allocate(reads) if writes is None else list(writes)
-        key = (tuple((t.shape, t.stride()) for t in (*reads, *results)), reads[0].device)
+        parts: list[Any] = [reads[0].device]
+        for t in reads:
+            parts += (t.shape, t.stride(), t.dtype)
+        if writes is not None:
+            for t in writes:
+                parts += (t.shape, t.stride(), t.dtype)
+        key = tuple(parts)
         record = self.records.get(key)
         if record is None:
-            record = self.records[key] = self._prepare(reads, results)
-            if len(self.records) > KEPT:
-                self.records.pop(next(iter(self.records)))
-        record(reads, results)
+            record = self._record(key, reads, writes)
+        launch, blanks = record
+        results = list(writes) if blanks is None else blanks()             # type: ignore[arg-type]
+        launch(reads, results)
         return results
+
+    def _record(self, key: tuple[Any, ...], reads: Sequence[Tensor], writes: Sequence[Tensor] | None) -> tuple[Launch, Blanks | None]:
+        blanks = Blanks(self.binder.allocate(reads), [o.zero for o in self.p.writes]) if writes is None else None
+        record = self.records[key] = self._prepare(reads, blanks() if blanks else list(writes or ())), blanks
+        if len(self.records) > KEPT:
+            self.records.pop(next(iter(self.records)))
+        return record
 
     @abstractmethod
     def _prepare(self, reads: Sequence[Tensor], writes: Sequence[Tensor]) -> Launch:

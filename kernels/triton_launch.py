@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import torch
 from slothc.gradients.plan import Pass
 from torch import Tensor
 
-from .binding import Bound, fold_rows, put
+from .binding import Bound, fold_rows, put, summed
 from .cache import load
+from .direct import Direct
 from .records import Launch, Recorded, clear
 from .triton_source import Groups, arguments, source
 
@@ -89,7 +91,8 @@ class TritonLauncher(Recorded):
 
     def _kernel(self, groups: Groups, loop: bool) -> Any:
         if (groups, loop) not in self.kernels:
-            self.kernels[groups, loop] = load(f"rowwise_{self.p.key}", source(self.p, groups, loop)).kernel
+            name = f"rowwise_{self.p.key}"                                # what a profiler shows
+            self.kernels[groups, loop] = getattr(load(name, source(self.p, groups, loop, name)), name)
         return self.kernels[groups, loop]
 
     def _prepare(self, reads: Sequence[Tensor], writes: Sequence[Tensor]) -> Launch:
@@ -108,17 +111,30 @@ class TritonLauncher(Recorded):
         totals = [(p.folded(k), bound.lanes if p.program.kinds[o.value].lanes else 1, place)
                   for k, (o, place) in enumerate(zip(outputs, bound.stores)) if o.over_rows]  # fmt: skip
         totals.sort(key=lambda t: t[0])                                   # as the kernel's arguments: column sums, then folds
-        constants = dict(BLOCK_R=shape.block_r, BLOCK_L=shape.block_l, WIDE=bound.wide, num_warps=shape.warps, enable_fp_fusion=FUSION)
+        options = dict(BLOCK_R=shape.block_r, BLOCK_L=shape.block_l, WIDE=bound.wide, num_warps=shape.warps, enable_fp_fusion=FUSION)
+        run = Direct(kernel, shape.grid, integers, options, device)
+        pick = _picker(ins, [len(p.reads) + i for i in outs])
+        if not totals:
+            return lambda reads, writes: run(pick((*reads, *writes)))
+        make = torch.zeros if shape.loop else torch.empty
+        sizes = [(*(bound.shape if fold else (shape.partials,)), w) for fold, w, _ in totals]
 
         def launch(reads: Sequence[Tensor], writes: Sequence[Tensor]) -> None:
-            make = torch.zeros if shape.loop else torch.empty
-            sizes = [(*(bound.shape if fold else (shape.partials,)), w) for fold, w, _ in totals]
             partial = [make(size, dtype=torch.float32, device=device) for size in sizes]
-            kernel[shape.grid](*(reads[i] for i in ins), *(writes[i] for i in outs), *partial, *integers, **constants)
+            run((*pick((*reads, *writes)), *partial))
             for (fold, _, place), part in zip(totals, partial):
-                put(writes[place.tensor], place, fold_rows(part, place) if fold else part.sum(0), bound.lanes)
+                if fold:
+                    put(writes[place.tensor], place, fold_rows(part, place), bound.lanes)
+                else:
+                    summed(part, writes[place.tensor], place, bound.lanes)
 
         return launch
+
+
+def _picker(reads: Sequence[int], writes: Sequence[int]) -> Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]:
+    """The tensors that a kernel takes, of all reads and writes."""
+    numbers = (*reads, *writes)
+    return itemgetter(*numbers) if len(numbers) > 1 else lambda all_of: tuple(all_of[n] for n in numbers)
 
 
 def _number(place: Any, what: str) -> int:
