@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from .binding import Blanks
-from .direct import Direct
+from .direct import Descriptor, Direct
 
 LOW = (torch.bfloat16, torch.float16)
 CHUNK = 64            # columns of the low-rank factors in one dot
@@ -24,6 +24,7 @@ CHUNK = 64            # columns of the low-rank factors in one dot
 BLOCK_M, BLOCK_N, BLOCK_K, GROUP, STAGES = 128, 256, 64, 16, 4
 KEPT = 512                    # geometries that are remembered
 
+Pair: TypeAlias = tuple[Tensor, Tensor]
 Record: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]        # (a, b, x, w)
 _records: dict[tuple[Any, ...], Record] = {}
 
@@ -67,9 +68,16 @@ def _record(a: Tensor, b: Tensor, alpha: float, x: Tensor, w: Tensor) -> Record:
     """How operands of these dtypes, shapes and strides are summed."""
     if x.dtype not in LOW or rounds_once(x.device, x.dtype):
         return lambda a, b, x, w: _onto(a, b, alpha, x, w)
-    if _fits(x, w):
-        return _Launch(a, b, alpha, x, w)
-    return lambda a, b, x, w: _wide(a, b, alpha, x, w)
+    if not fits(x, w):
+        return lambda a, b, x, w: _wide(a, b, alpha, x, w)
+    (m, k), n, r = x.shape, w.shape[1], a.shape[1]
+    run = Tiles("joined", [(x, w)], a, b, [alpha, m, n, k, r], NK=lies_nk(w))
+
+    def record(a: Tensor, b: Tensor, x: Tensor, w: Tensor) -> Tensor:
+        y = run(((x, w),), a, b)
+        return _wide(a, b, alpha, x, w) if y is None else y
+
+    return record
 
 
 def _onto(a: Tensor, b: Tensor, alpha: float, x: Tensor, w: Tensor) -> Tensor:
@@ -94,7 +102,7 @@ def _hopper(device: torch.device) -> bool:
     return True
 
 
-def _fits(x: Tensor, w: Tensor) -> bool:
+def fits(x: Tensor, w: Tensor) -> bool:
     """What the copy engine asks of shapes and strides: 16-byte rows, one dimension without gaps."""
     if not _hopper(x.device) or x.stride(1) != 1 or 1 not in w.stride():
         return False
@@ -102,56 +110,68 @@ def _fits(x: Tensor, w: Tensor) -> bool:
     return x.stride(0) % 8 == 0 and rows % 8 == 0 and w.shape[1] % 8 == 0 and x.shape[1] % 8 == 0 < x.shape[1]
 
 
-@functools.cache
-def _kernel() -> Any:
-    from . import joined_kernel
-
-    return joined_kernel.joined
-
-
 _broken: set[torch.device] = set()
 
 
-class _Launch:
-    """The kernel for one geometry; in fp32 with one more pass where addresses do not suit it or it cannot be built for the device."""
+class Tiles:
+    """A kernel of joined_kernel.py over the output tiles of sum of x w + a b, for operands of these dtypes, shapes and strides.
 
-    def __init__(self, a: Tensor, b: Tensor, alpha: float, x: Tensor, w: Tensor) -> None:
-        (m, k), n, r = x.shape, w.shape[1], a.shape[1]
-        self.alpha, self.device = alpha, x.device
-        nk = w.stride(0) == 1 and (w.stride(1) != 1 or k == 1)            # the weight lies as [n, k]
-        weight = w.t() if nk else w
+    ``(pairs, a, b)`` gives the result; None where addresses do not suit the copy engine, or where the kernel cannot be built for the
+    device, which is remembered.
+    """
+
+    def __init__(self, name: str, pairs: Sequence[Pair], a: Tensor, b: Tensor, numbers: Sequence[float], **constants: Any) -> None:
+        x, w = pairs[0]
+        m, n, r = x.shape[0], w.shape[1], a.shape[1]
+        self.device, self.empty = x.device, m * n == 0
         self.blank = Blanks([torch.empty(m, n, dtype=x.dtype, device=x.device)], [False])
-        self.empty = m * n == 0
-        descriptors = [
-            (tuple(x.shape), x.stride(), [BLOCK_M, BLOCK_K]),
-            (tuple(weight.shape), weight.stride(), [BLOCK_N, BLOCK_K] if nk else [BLOCK_K, BLOCK_N]),
-            ((m, n), (n, 1), [BLOCK_M, BLOCK_N // 2]),
-        ]
+        descriptors = [d for pair in pairs for d in _described(*pair)]
+        descriptors.append(((m, n), (n, 1), [BLOCK_M, BLOCK_N // 2]))
         processors = _processors(x.device)
         options = dict(
-            NK=nk, RANK=min(CHUNK, max(16, 1 << (r - 1).bit_length())), BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, GROUP=GROUP,
-            PROGRAMS=processors, num_stages=STAGES, num_warps=8,
+            **constants, RANK=min(CHUNK, max(16, 1 << (r - 1).bit_length())), BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K,
+            GROUP=GROUP, PROGRAMS=processors, num_stages=STAGES, num_warps=8,
         )  # fmt: skip
-        numbers = [alpha, m, n, k, r, *a.stride(), *b.stride()]
-        tiles = -(-m // BLOCK_M) * -(-n // BLOCK_N)
-        self.run = Direct(_kernel(), (min(tiles, processors),), numbers, options, x.device, descriptors)
+        grid = (min(-(-m // BLOCK_M) * -(-n // BLOCK_N), processors),)
+        self.run = Direct(_kernel(name), grid, [*numbers, *a.stride(), *b.stride()], options, x.device, descriptors)
 
-    def __call__(self, a: Tensor, b: Tensor, x: Tensor, w: Tensor) -> Tensor:
-        if (x.data_ptr() | w.data_ptr()) % 16 or self.device in _broken:
-            return _wide(a, b, self.alpha, x, w)
+    def __call__(self, pairs: Sequence[Pair], a: Tensor, b: Tensor) -> Tensor | None:
+        operands = [t for pair in pairs for t in pair]
+        if self.device in _broken or any(t.data_ptr() % 16 for t in operands):
+            return None
         (y,) = self.blank()
         if self.empty:
             return y
         try:
-            self.run((x, w, y, a, b))
+            self.run((*operands, y, a, b))
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
             _broken.add(self.device)
-            text = f"sloth sums LoRA and its base in fp32 on {self.device}, with one more pass: {type(error).__name__}: {error}"
+            text = f"sloth sums products on {self.device} with PyTorch, in more passes: {type(error).__name__}: {error}"
             warnings.warn(text, RuntimeWarning, stacklevel=2)
-            return _wide(a, b, self.alpha, x, w)
+            return None
         return y
+
+
+def _described(x: Tensor, w: Tensor) -> list[Descriptor]:
+    weight = w.t() if lies_nk(w) else w
+    return [
+        (tuple(x.shape), x.stride(), [BLOCK_M, BLOCK_K]),
+        (tuple(weight.shape), weight.stride(), [BLOCK_N, BLOCK_K] if lies_nk(w) else [BLOCK_K, BLOCK_N]),
+    ]
+
+
+def lies_nk(w: Tensor) -> bool:
+    """Whether w [k, n] lies in memory as [n, k]."""
+    return w.stride(0) == 1 and (w.stride(1) != 1 or w.shape[0] == 1)
+
+
+@functools.cache
+def _kernel(name: str) -> Any:
+    from . import joined_kernel
+
+    return getattr(joined_kernel, name)
 
 
 @functools.cache

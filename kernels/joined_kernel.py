@@ -1,4 +1,4 @@
-"""The Triton kernel of ``joined``: imported only where there is a device for it."""
+"""The Triton kernels of ``joined`` and ``summed``: imported only where there is a device for them."""
 
 import triton
 import triton.language as tl
@@ -30,6 +30,44 @@ def joined(x, w, y, a, b, alpha, M, N, K, R, sa_m, sa_r, sb_r, sb_n,
             at = r + rank
             low = tl.load(a + rows.to(tl.int64) * sa_m + at[None, :] * sa_r, mask=(rows < M) & (at[None, :] < R), other=0.0)
             low = (low.to(tl.float32) * alpha).to(low.dtype)
+            high = tl.load(b + at[:, None] * sb_r + columns.to(tl.int64) * sb_n, mask=(at[:, None] < R) & (columns < N), other=0.0)
+            total = tl.dot(low, high, total)
+        halves = tl.permute(tl.reshape(total, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
+        one, two = tl.split(halves)                                       # half a tile in shared memory at a time
+        y.store([row, column], one.to(y.dtype))
+        y.store([row, column + BLOCK_N // 2], two.to(y.dtype))
+
+
+@triton.jit
+def _add(total, x, w, row, column, K, BLOCK_K: tl.constexpr):
+    for k in range(0, tl.cdiv(K, BLOCK_K)):
+        total = tl.dot(x.load([row, k * BLOCK_K]), w.load([k * BLOCK_K, column]), total)
+    return total
+
+
+@triton.jit(do_not_specialize=["M", "N", "R", "K0", "K1", "K2", "sa_m", "sa_r", "sb_r", "sb_n"])
+def summed(x0, w0, x1, w1, x2, w2, y, a, b, M, N, R, K0, K1, K2, sa_m, sa_r, sb_r, sb_n,
+           COUNT: tl.constexpr, RANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+           GROUP: tl.constexpr, PROGRAMS: tl.constexpr):  # fmt: skip
+    """y [M, N] = a [M, R] b [R, N] + sum of x_i [M, K_i] w_i [K_i, N] over COUNT pairs; x, w, y are tensor descriptors."""
+    down, across = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    band = GROUP * across                                                 # tiles that share rows of x stay close in time
+    rank = tl.arange(0, RANK)
+    for tile in range(tl.program_id(0), down * across, PROGRAMS):
+        first = (tile // band) * GROUP
+        height = min(down - first, GROUP)
+        row = (first + (tile % band) % height) * BLOCK_M
+        column = ((tile % band) // height) * BLOCK_N
+        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        total = _add(total, x0, w0, row, column, K0, BLOCK_K)
+        total = _add(total, x1, w1, row, column, K1, BLOCK_K)
+        if COUNT > 2:
+            total = _add(total, x2, w2, row, column, K2, BLOCK_K)
+        rows = (row + tl.arange(0, BLOCK_M))[:, None]
+        columns = (column + tl.arange(0, BLOCK_N))[None, :]
+        for r in range(0, R, RANK):
+            at = r + rank
+            low = tl.load(a + rows.to(tl.int64) * sa_m + at[None, :] * sa_r, mask=(rows < M) & (at[None, :] < R), other=0.0)
             high = tl.load(b + at[:, None] * sb_r + columns.to(tl.int64) * sb_n, mask=(at[:, None] < R) & (columns < N), other=0.0)
             total = tl.dot(low, high, total)
         halves = tl.permute(tl.reshape(total, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))

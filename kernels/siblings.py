@@ -116,7 +116,8 @@ class _Siblings(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         s: Siblings = ctx.s
         count = len(s.scales)
-        kept, (t, a, *base) = ctx.saved_tensors[: len(s.kept) + ctx.stored], ctx.saved_tensors[len(s.kept) + ctx.stored :]
+        saved, held = ctx.saved_tensors, len(s.kept) + ctx.stored            # read once: a checkpoint gives them out once
+        kept, (t, a, *base) = saved[:held], saved[held:]
         gs = [_rows(g) for g in gradients[:count]]
         code = s.code(t)
         found: list[Tensor | None] = [None] * (s.reads + 1)

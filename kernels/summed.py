@@ -6,71 +6,52 @@ inner dimensions before a tile is rounded and stored. ``joined`` is the case of 
 
 from __future__ import annotations
 
-import functools
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from .joined import BLOCK_K, BLOCK_M, BLOCK_N, CHUNK, GROUP, LOW, STAGES, _fits, _processors, joined
+from .joined import KEPT, LOW, Pair, Tiles, fits, joined
 
 MOST = 3              # products in one launch; more are added by further launches
+_records: dict[tuple[Any, ...], Tiles | None] = {}
 
 
-def summed(pairs: Sequence[tuple[Tensor, Tensor]], a: Tensor, b: Tensor) -> Tensor:
+def summed(pairs: Sequence[Pair], a: Tensor, b: Tensor) -> Tensor:
     """a b + sum of x w over ``pairs``, for a [m, r], b [r, n], x [m, k], w [k, n] of one dtype.
 
     Rounded once where the device has the kernel; elsewhere after each product, as a model does that adds the gradients of its linears.
     """
-    (x, w), *rest = pairs
-    if rest and x.dtype in LOW and all(v.stride(1) == 1 and _fits(u, v) for u, v in pairs):
-        y = torch.empty(x.shape[0], w.shape[1], dtype=x.dtype, device=x.device)
-        if y.numel() == 0 or _launch(pairs[:MOST], a, b, y):
+    if len(pairs) > 1 and pairs[0][0].is_cuda:
+        first = tuple(pairs[:MOST])
+        tiles = _tiles(first, a, b)
+        y = None if tiles is None else tiles((*first, *(first[0],) * (MOST - len(first))), a, b)
+        if y is not None:
             return _added(y, pairs[MOST:])
-    return _added(joined(a, b, 1.0, x, w), rest)
+    x, w = pairs[0]
+    return _added(joined(a, b, 1.0, x, w), pairs[1:])
 
 
-def _added(y: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+def _added(y: Tensor, pairs: Sequence[Pair]) -> Tensor:
     for x, w in pairs:
         y.addmm_(x, w)
     return y
 
 
-@functools.cache
-def _kernel() -> Any:
-    from . import summed_kernel
+def _tiles(pairs: Sequence[Pair], a: Tensor, b: Tensor) -> Tiles | None:
+    """The kernel for operands like these; None where it does not take them."""
+    key = (a.device, *((t.shape, t.stride(), t.dtype) for t in (a, b, *(t for p in pairs for t in p))))
+    if key not in _records:
+        _records[key] = _record(pairs, a, b)
+        if len(_records) > KEPT:
+            _records.pop(next(iter(_records)))
+    return _records[key]
 
-    return summed_kernel.sum_of_products
 
-
-_broken: set[torch.device] = set()
-
-
-def _launch(pairs: Sequence[tuple[Tensor, Tensor]], a: Tensor, b: Tensor, y: Tensor) -> bool:
-    """Run the kernel; False where it cannot be built for this device, which is remembered."""
-    if y.device in _broken:
-        return False
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    (m, n), r = y.shape, a.shape[1]
+def _record(pairs: Sequence[Pair], a: Tensor, b: Tensor) -> Tiles | None:
+    x, w = pairs[0]
+    if x.dtype not in LOW or not all(v.stride(1) == 1 and fits(u, v) for u, v in pairs):
+        return None
     three = [*pairs, *[pairs[0]] * (MOST - len(pairs))]
-    operands = [TensorDescriptor(t, t.shape, t.stride(), [rows, columns])
-                for x, w in three for t, rows, columns in ((x, BLOCK_M, BLOCK_K), (w, BLOCK_K, BLOCK_N))]  # fmt: skip
-    processors = _processors(y.device)
-    try:
-        _kernel()[(min(-(-m // BLOCK_M) * -(-n // BLOCK_N), processors),)](
-            *operands, TensorDescriptor(y, y.shape, y.stride(), [BLOCK_M, BLOCK_N // 2]),
-            a, b, m, n, r, *(x.shape[1] for x, _ in three), a.stride(0), a.stride(1), b.stride(0), b.stride(1),
-            COUNT=len(pairs), RANK=min(CHUNK, max(16, 1 << (r - 1).bit_length())), BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K,
-            GROUP=GROUP, PROGRAMS=processors, num_stages=STAGES, num_warps=8,
-        )  # fmt: skip
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        _broken.add(y.device)
-        text = f"sloth adds the gradients of linears one by one on {y.device}: {type(error).__name__}: {error}"
-        warnings.warn(text, RuntimeWarning, stacklevel=2)
-        return False
-    return True
+    numbers = [x.shape[0], w.shape[1], a.shape[1], *(u.shape[1] for u, _ in three)]
+    return Tiles("summed", three, a, b, numbers, COUNT=len(pairs))
