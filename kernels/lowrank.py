@@ -243,7 +243,8 @@ class _Uniform(torch.autograd.Function):
         code = straight(layout, xa is None, wanted, x.dtype in LOW and widens(x.device))
         with _without_autocast(x.device), _BELOW():
             y, *kept = code.forward(_rows(x), None if xa is None else _rows(xa), weight, a, b, scale)
-            y = y.view(*x.shape[:-1], y.shape[1])                         # to autograd no view: the model may write into it
+            if x.dim() != 2:                                              # no view: the model may write into it
+                y = torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[1]])
         reads = code.reads
         ctx.code, ctx.scale, ctx.shape = code, scale, x.shape
         ctx.save_for_backward(
