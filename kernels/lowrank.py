@@ -24,6 +24,7 @@ from .products import LOW, Matrix, Ones, native, widens
 
 LAYOUTS = ("nk", "kn")
 _NOTHING = nullcontext()
+_BELOW = torch._C._AutoDispatchBelowAutograd    # what an autograd.Function does inside is nothing that autograd follows
 
 
 @dataclass(frozen=True)
@@ -240,8 +241,10 @@ class _Uniform(torch.autograd.Function):
         needs = ctx.needs_input_grad
         wanted = tuple(name for name, need in zip(("X", "Xa", "W", "A", "B"), needs) if need)
         code = straight(layout, xa is None, wanted, x.dtype in LOW and widens(x.device))
-        with _without_autocast(x.device):
+        with _without_autocast(x.device), _BELOW():
             y, *kept = code.forward(_rows(x), None if xa is None else _rows(xa), weight, a, b, scale)
+            if x.dim() != 2:                                              # no view: the model may write into it
+                y = torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[1]])
         reads = code.reads
         ctx.code, ctx.scale, ctx.shape = code, scale, x.shape
         ctx.save_for_backward(
@@ -252,13 +255,13 @@ class _Uniform(torch.autograd.Function):
             b if "B" in reads else None,
             *kept,
         )
-        return torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[1]])  # no view: the model may write into it
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, xa, *others = ctx.saved_tensors
-        with _without_autocast(grad.device):
+        with _without_autocast(grad.device), _BELOW():
             rows = (None if t is None else _rows(t) for t in (grad, x, xa))
             dx, dxa, dw, da, db = ctx.code.backward(*rows, *others, ctx.scale)
         shape = ctx.shape

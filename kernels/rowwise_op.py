@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from slothc.gradients.plan import Plan
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from .rowwise import launcher
 
@@ -24,22 +25,32 @@ def register(plan: Plan) -> str:
     return plan.key
 
 
+class _Call:
+    """What every call of a plan needs, looked up once."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.forward, self.saved, self.results = launcher(plan.forward), plan.saved_operands, plan.results
+        self.backward = launcher(plan.backward) if plan.backward is not None else None
+        self.wanted = [(operand + 1, which) for operand, which in zip(plan.wrt, plan.targets)]
+        self.inputs = len(plan.forward.reads) + 1
+
+
 class _Function(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, plan: Plan, *operands: Tensor) -> Any:
-        written = launcher(plan.forward)(operands)
-        ctx.plan = plan
-        ctx.save_for_backward(*(operands[k] for k in plan.saved_operands), *written[plan.results :])
-        return written[0] if plan.results == 1 else tuple(written[: plan.results])
+    def forward(ctx: Any, call: _Call, *operands: Tensor) -> Any:
+        written = call.forward(operands)
+        ctx.call = call
+        ctx.save_for_backward(*[operands[k] for k in call.saved], *written[call.results :])
+        return written[0] if call.results == 1 else tuple(written[: call.results])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        plan: Plan = ctx.plan
-        found = _backward(plan, [*ctx.saved_tensors, *gradients])
-        result: list[Tensor | None] = [None] * (len(plan.forward.reads) + 1)
-        for operand, which in zip(plan.wrt, plan.targets):
-            if ctx.needs_input_grad[operand + 1]:
-                result[operand + 1] = found[which]
+        call, needed = ctx.call, ctx.needs_input_grad
+        found = call.backward((*ctx.saved_tensors, *gradients))
+        result: list[Tensor | None] = [None] * call.inputs
+        for operand, which in call.wanted:
+            if needed[operand]:
+                result[operand] = found[which]
         return tuple(result)
 
 
@@ -50,20 +61,22 @@ def _backward(plan: Plan, reads: Sequence[Tensor]) -> list[Tensor]:
 
 def call(plan: Plan) -> Callable[..., Any]:
     """The plan as a function of its operands: one tensor, or a tuple where the region has several results."""
-    forward, saved = launcher(plan.forward), plan.results
+    known, results, differentiable = _Call(plan), plan.results, plan.backward is not None
     plain = not any(o.complex or o.number for o in plan.forward.reads)
     register(plan)
 
     def run(*operands: Any) -> Any:
         if not plain:
             operands = _as_tensors(plan, operands)
-        if torch.compiler.is_compiling() or isinstance(operands[0], torch._subclasses.FakeTensor):
-            results = torch.ops.sloth.rowwise(list(operands), plan.key)[:saved]
-            return results[0] if saved == 1 else tuple(results)
-        if torch.is_grad_enabled() and plan.backward is not None and any(t.requires_grad for t in operands):
-            return _Function.apply(plan, *operands)
-        written = forward(operands)
-        return written[0] if saved == 1 else tuple(written[:saved])
+        if torch.compiler.is_compiling() or isinstance(operands[0], FakeTensor):
+            written = torch.ops.sloth.rowwise(list(operands), plan.key)[:results]
+            return written[0] if results == 1 else tuple(written)
+        if differentiable and torch.is_grad_enabled():
+            for t in operands:
+                if t.requires_grad:
+                    return _Function.apply(known, *operands)
+        written = known.forward(operands)
+        return written[0] if results == 1 else tuple(written[:results])
 
     run.__name__ = f"rowwise_{plan.key}"
     return run

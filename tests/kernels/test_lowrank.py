@@ -353,3 +353,12 @@ def test_the_straight_source_is_the_derived_plan():
         f"# {step}" in code for step in ("T = X A'", "U = G B", "dX = s U A + G W", "dA = s U' X", "dB = s G' T")
     )
     assert "dW" not in code and "return dX, None, None, dA, dB," in code
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 8), (4, 8)], ids=["batched", "rows"])
+def test_the_result_may_be_written_into(shape: tuple[int, ...]) -> None:
+    x, w, a, b = (torch.randn(s, dtype=torch.float64) for s in (shape, (6, 8), (2, 8), (6, 2)))
+    x.requires_grad_()
+    (found,) = torch.autograd.grad(lora_linear(x, None, w, None, a, b, SCALE).mul_(3).sum(), x)
+    (expected,) = torch.autograd.grad(3 * (x @ w.t() + SCALE * (x @ a.t() @ b.t())).sum(), x)
+    torch.testing.assert_close(found, expected)
