@@ -22,6 +22,7 @@ from .joined import joined, rounds_once
 
 LOW = (torch.bfloat16, torch.float16)
 ALIGN = 64  # columns; a GEMM's inner size in whole tiles
+SPAN = 512  # inner elements that a matrix unit sums by itself: its running sum is cut short of fp32's rounding at every step
 
 
 @dataclass(frozen=True)
@@ -191,11 +192,25 @@ def _mixed(a: torch.Tensor, b: torch.Tensor, alpha: float) -> torch.Tensor:
         wide = torch.promote_types(a.dtype, b.dtype)
         return _gemm(a.to(wide), b.to(wide), alpha, wide)
     if a.dtype is low:
-        sums = torch.mm(a, _cat(_parts(b, low, 3), 1), out_dtype=torch.float32).split(b.shape[1], 1)
+        sums = _by_spans(a, _cat(_parts(b, low, 3), 1)).split(b.shape[1], 1)
     else:
-        sums = torch.mm(_cat(_parts(a, low, 3), 0), b, out_dtype=torch.float32).split(a.shape[0], 0)
+        sums = _by_spans(_cat(_parts(a, low, 3), 0), b).split(a.shape[0], 0)
     y = sums[2] + sums[1] + sums[0]
     return y if alpha == 1 else y.mul_(alpha)
+
+
+def _by_spans(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b in fp32 for low-precision a [m, k], b [k, n]: products over spans of k, which are added in fp32 by themselves.
+
+    On an H100 a sum over 4,096 elements inside one GEMM is 1.4e-6 from the truth, where fp32's own rounding allows 3e-7.
+    """
+    spans = a.shape[1] // SPAN
+    if spans < 2:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    whole = spans * SPAN
+    left = a[:, :whole].unflatten(1, (spans, SPAN)).transpose(0, 1)
+    total = torch.bmm(left, b[:whole].unflatten(0, (spans, SPAN)), out_dtype=torch.float32).sum(0)
+    return total if whole == a.shape[1] else total.add_(torch.mm(a[:, whole:], b[whole:], out_dtype=torch.float32))
 
 
 def _parts(v: torch.Tensor, low: torch.dtype, count: int = 2) -> list[torch.Tensor]:

@@ -8,7 +8,7 @@ import itertools
 
 import pytest
 import torch
-from slothc.kernels import lowrank, products
+from slothc.kernels import lowrank, lowrank_program, products
 from slothc.kernels.lowrank import lora_linear
 from torch import nn
 from torch.nn import functional as F
@@ -206,12 +206,13 @@ def test_autocast(weight_dtype):
 @pytest.fixture
 def widening(monkeypatch):
     """A device whose mm and addmm can return fp32 sums, as CUDA's can: the split of fp32 operands is then used."""
-    mm, addmm = torch.mm, torch.addmm
+    mm, addmm, bmm = torch.mm, torch.addmm, torch.bmm
 
     def wide(t, out):
         return t if out is None else t.to(out)
 
     monkeypatch.setattr(torch, "mm", lambda a, b, out_dtype=None: mm(wide(a, out_dtype), wide(b, out_dtype)))
+    monkeypatch.setattr(torch, "bmm", lambda a, b, out_dtype=None: bmm(wide(a, out_dtype), wide(b, out_dtype)))
     monkeypatch.setattr(
         torch,
         "addmm",
@@ -220,9 +221,12 @@ def widening(monkeypatch):
     for module in (products, lowrank):
         monkeypatch.setattr(module, "widens", lambda device: True)
     monkeypatch.setattr(products, "widens_onto", lambda device: True)
+    lowrank_program.straight.cache_clear()  # programs hold the products they were made with
+    yield
+    lowrank_program.straight.cache_clear()
 
 
-@pytest.mark.parametrize("shape", [(37, 48, 65, 5), (16, 200, 8, 3)], ids=["joined", "fp32 sum"])
+@pytest.mark.parametrize("shape", [(37, 48, 65, 5), (16, 200, 8, 3), (1100, 1300, 40, 4)], ids=["joined", "fp32 sum", "spans"])
 @pytest.mark.parametrize("dtypes", [DTYPES[1], DTYPES[3], DTYPES[4]], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 def test_contract_with_fp32_sums(widening, dtypes, shape, bias):
