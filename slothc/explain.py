@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
+from torch._dynamo.utils import graph_break_reasons
 
+from .breaks import count
 from .options import Options
 from .report import Report, report
 from .rewrite import Rewritten, rewrite
@@ -27,12 +28,11 @@ def explain(model: Any, *args: Any, sloth_options: Mapping[str, Any] | None = No
         graphs.append(rewrite(module, options, run=False))
         return _Hollow(module)
 
-    before = Counter(torch._dynamo.utils.counters["graph_break"])
+    before = len(graph_break_reasons)
     compiled = torch.compile(model, backend=record)
     with torch.random.fork_rng():
         compiled(*args, **inputs)
-    breaks = Counter(torch._dynamo.utils.counters["graph_break"]) - before
-    return report(graphs, {str(k).splitlines()[0]: v for k, v in breaks.items()})
+    return report(graphs, count(graph_break_reasons[before:]))
 
 
 class _Hollow:
