@@ -310,10 +310,9 @@ def _literal(p: Pass) -> int | None:
 
 def describe(plan: Plan) -> str:
     """Forward, what is saved, and the derived backward of a plan, as text."""
-    saved = [o.name for o in plan.forward.program.outputs[plan.results :]]
     operands = [operand_names(plan.forward, k) for k in plan.saved_operands]
     lines = ["forward", *_indented(formula(plan.forward)), "saved", f"  operands: {', '.join(operands) or 'none'}"]
-    lines += [f"  values:   {', '.join(saved) or 'none'}"]
+    lines += [f"  values:   {', '.join(plan.saved_values) or 'none'}"]
     if plan.backward is None:
         return "\n".join([*lines, "backward", "  none: no operand is differentiable"])
     return "\n".join([*lines, "backward", *_indented(formula(plan.backward, name_scalars=True))])

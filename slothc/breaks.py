@@ -13,17 +13,20 @@ from .view_location import innermost
 
 TRACE = "TORCH_LOGS=graph_breaks shows the calls that lead there"
 SCALARS = "keep it a tensor (torch.where in place of if), or set torch._dynamo.config.capture_scalar_outputs = True"
+BRANCHES = "use torch.where or torch.cond, or decide outside forward"
 
 # (Dynamo's type of break, a word of its text, the cause, the remedy); the first that fits counts
 CAUSES = (
     ("logging.Logger method", "loss_type", "a logger line about `loss_type`", 'set model.loss_type = "ForCausalLM" before compiling'),
-    ("logging.Logger method", "", "a logger line", "add the method to torch._dynamo.config.ignore_logging_functions, or log outside forward"),
+    ("logging.Logger method", "", "a logger line",
+     "log outside forward, or add the method to torch._dynamo.config.ignore_logging_functions"),
     ("Dynamic shape operator", "nonzero", "nonzero, or a boolean mask as index: the size depends on values",
      "multiply by the mask or use torch.where; for experts choose a grouped implementation (model.set_experts_implementation); or set "
      "torch._dynamo.config.capture_dynamic_output_shape_ops = True"),
     ("Dynamic shape operator", "", "an operation whose size depends on values",
      "use one of fixed size, or set torch._dynamo.config.capture_dynamic_output_shape_ops = True"),
-    ("Data-dependent branching", "", "a branch that depends on a tensor's values", "use torch.where or torch.cond, or decide outside forward"),
+    ("Data-dependent branching", "", "a branch that depends on a tensor's values", BRANCHES),
+    ("generic_jump", "", "a branch that depends on a tensor's values", BRANCHES),
     ("Data-dependent assertion", "", "an assert on a tensor's values", "check the inputs outside forward, or use torch._check"),
     ("Data dependent operator", "", "a number read from a tensor (.item(), .tolist(), int())", SCALARS),
     ("Unsupported Tensor.item() call", "", "a number read from a tensor (.item())", SCALARS),
@@ -51,7 +54,7 @@ FOLLOWING = "step_unsupported"      # Dynamo's word for giving up the statement 
 
 @dataclass(frozen=True)
 class Break:
-    """One place where the captured graph ends: ``cause`` in a few words, ``remedy`` in the user's code, ``location`` and ``line`` of source."""
+    """One place where the captured graph ends: ``cause`` in a few words, ``remedy`` in the user's code, where, and that line of source."""
 
     cause: str
     remedy: str
@@ -66,19 +69,13 @@ class Break:
 def explained(reason: str, stack: Iterable[traceback.FrameSummary]) -> Break:
     """The break that Dynamo describes by ``reason``, its first line being the type."""
     kind = reason.strip().splitlines()[0] if reason.strip() else "unknown"
-    frames = [(f.filename, f.lineno or 0, _function(f.name), (f.line or "").strip()) for f in stack]
+    frames = [(f.filename, f.lineno or 0, f.name, (f.line or "").strip()) for f in stack]
     location, line = innermost(frames) if frames else ("", "")
     for type_, word, cause, remedy in CAUSES:
         if kind.startswith(type_) and word in reason:
             return Break(cause, remedy, location, line)
     hint = re.search(r"^\s*Hint: (.+)$", reason, re.MULTILINE)
     return Break(kind, hint[1].rstrip(".") if hint and "Dynamo bug" not in hint[1] else TRACE, location, line)
-
-
-def _function(name: str) -> str:
-    """The user's name of a function whose rest Dynamo compiles as ``torch_dynamo_resume_in_NAME_at_LINE``."""
-    found = re.fullmatch(r"torch_dynamo_resume_in_(.+)_at_\d+", name)
-    return found[1] if found else name
 
 
 def count(reasons: Iterable[Any]) -> dict[Break, int]:

@@ -52,5 +52,5 @@ def _by_value(view: GraphView, node: fx.Node, kind: str, name: str) -> str:
     if kind in ARITHMETIC | VIEWS:
         if not view.needs_grad(node):
             return "no gradient flows through it, and it stands alone"
-        return "stands alone between operations that are no arithmetic of rows: a kernel of its own would move as many bytes"
+        return "stands alone: a kernel of its own would move as many bytes"
     return f"no formula for {name}"

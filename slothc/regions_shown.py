@@ -54,9 +54,8 @@ def shown(graphs: Iterable[Rewritten]) -> Iterator[RegionLine]:
 
 def _region(view: GraphView, item: Region, count: int) -> RegionLine:
     plan = item.plan
-    kept = {f"{o.name} = " for o in plan.forward.program.outputs[plan.results :]}
-    lines = formula(plan.forward).splitlines()
-    forward = "\n".join(line for line in lines if not line.startswith(tuple(kept)))
+    kept = tuple(f"{name} = " for name in plan.saved_values)
+    forward = "\n".join(line for line in formula(plan.forward).splitlines() if not line.startswith(kept))
     backward = formula(plan.backward, name_scalars=True) if plan.backward else ""
     at = view.location(item.cone.sink)
     return RegionLine(item.rule, at, forward, _before(view, item.cone.nodes), backward, _saved(plan), f"rowwise_{plan.key}", count)
@@ -86,5 +85,5 @@ def _saved(plan: Plan) -> str:
     if plan.backward is None:
         return "nothing: no gradient"
     alive = [operand_names(plan.forward, k) for k in plan.saved_operands]
-    made = [o.name.removeprefix("keep_") for o in plan.forward.program.outputs[plan.results :]]
+    made = [name.removeprefix("keep_") for name in plan.saved_values]
     return "; ".join(f"{what}: {', '.join(n)}" for what, n in (("operands", alive), ("values", made)) if n) or "nothing"

@@ -1,4 +1,4 @@
-"""The HTML pages of ``slothc coverage`` and ``explain``: one file each, nothing loaded from elsewhere. The templates are beside this file."""
+"""The HTML pages of ``slothc coverage`` and ``explain``: one file each, nothing loaded from elsewhere. See templates/."""
 
 from __future__ import annotations
 
@@ -50,12 +50,13 @@ def page(whole: Mapping[str, Any]) -> str:
     rows: Sequence[Row] = whole["models"]
     ranked = sorted((r for r in rows if r.get("coverage") is not None), key=lambda r: (-r["coverage"], r["name"]))
     known = peers()
-    return str(_environment().get_template("page.html").render(
+    errors, times = gradient_errors(rows, whole["settings"]["dtype"]), compile_times(rows)
+    return _environment().get_template("page.html").render(
         settings=whole["settings"], versions=whole["versions"], unfinished=whole.get("unfinished"), tiles=_tiles(rows), bars=ranked,
-        peers=known, errors=gradient_errors(rows, whole["settings"]["dtype"]), times=compile_times(rows), causes=_causes(rows), breaks=_breaks(rows),
+        peers=known, good=GOOD, fair=FAIR, errors=errors, times=times, causes=_causes(rows), breaks=_breaks(rows),
         broken=sum(bool(r.get("breaks")) for r in rows), states=_states(rows), heads=_heads(known),
         rows=[_shown(r, known) for r in rows],
-    ))  # fmt: skip
+    )  # fmt: skip
 
 
 def page_of(report: Mapping[str, Any]) -> str:
@@ -66,11 +67,12 @@ def page_of(report: Mapping[str, Any]) -> str:
         (report["graphs"], f"graph{'s' * (report['graphs'] != 1)}, {stops} break{'s' * (stops != 1)}", "fair" if stops else "good"),
         (sum(report["counts"].values()), "norms, ropes, activations, losses … found", ""),
     ]
-    return str(_environment().get_template("explain.html").render(row=_details(dict(report)), tiles=tiles))
+    return _environment().get_template("explain.html").render(row=_details(dict(report)), tiles=tiles)
 
 
 def _environment() -> Environment:
-    made = Environment(loader=FileSystemLoader(Path(__file__).with_name("templates")), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    loader = FileSystemLoader(Path(__file__).with_name("templates"))
+    made = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     made.filters |= {"percent": lambda share, digits=1: f"{share:.{digits}%}", "grade": grade}
     return made
 
@@ -91,8 +93,8 @@ def _tiles(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
         (f"{median(slower):.2f} ×" if slower else "–", "median compile time, of a backend that does nothing", ""),
     ]
     tiles += [(str(sum(sum(r.get("counts", {}).values()) for r in rows)), "norms, ropes, activations, losses … found", "")]
-    tiles += [(str(sum(r["name"] in p.models for r in rows)), f"of them patched by {p.package}", "") for p in peers()]
-    return tiles
+    patched = [str(sum(r["name"] in p.models for r in rows)) for p in peers()]
+    return [*tiles, (" · ".join(patched), f"of them patched by {', by '.join(p.package for p in peers())}", "")]
 
 
 def _states(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -100,7 +102,7 @@ def _states(rows: Sequence[Row]) -> list[dict[str, Any]]:
     made = [(s.replace(" ", "-"), s, MEANINGS[s], TONES.get(s, "fair")) for s in MEANINGS]
     made += [
         ("under-95", "under 95%", "covered to less than 95%", ""), ("under-85", "under 85%", "covered to less than 85%", ""),
-        ("breaks", "graph breaks", "captured as more than one graph", ""), ("missed", "left to eager", "something was recognised and left", ""),
+        ("breaks", "graph breaks", "captured as more than one graph", ""), ("missed", "left to eager", "something recognised was left", ""),
     ]  # fmt: skip
     counts = {key: sum(key in _state(r) for r in rows) for key, *_ in made}
     return [{"key": k, "text": t, "title": title, "tone": tone, "count": counts[k]} for k, t, title, tone in made if counts[k]]
@@ -188,8 +190,8 @@ def _facts(row: Row, known: Sequence[Peer]) -> list[tuple[str, str]]:
     if row.get("no_truth"):
         facts.append(("no float64 truth", row["no_truth"]))
     if "compile_s" in row:
-        facts.append(("first forward, beyond the second", f"sloth {row['compile_s']:.2f} s, doing nothing {row['compile_nothing_s']:.2f} s"))
-        facts.append(("graphs", f"sloth {row.get('graphs', '–')}, doing nothing {row['graphs_nothing']}"))
+        facts.append(("first forward beyond the second", f"sloth {row['compile_s']:.2f} s, nothing {row['compile_nothing_s']:.2f} s"))
+        facts.append(("graphs", f"sloth {row.get('graphs', '–')}, nothing {row['graphs_nothing']}"))
     for p in known:
         kinds = p.models.get(row["name"])
         if kinds is not None:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from torch import fx
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)(?:\n {4}(?P<text>.*))?')
+_RESUMED = re.compile(r"torch_dynamo_resume_in_(.+)_at_\d+")      # Dynamo's name for the rest of a function behind a graph break
 _ROOTS = ("site-packages/", "dist-packages/", "/src/")
 
 
@@ -33,7 +34,7 @@ def innermost(frames: Iterable[tuple[str, int | str, str, str]]) -> tuple[str, s
     places = [(short_path(file), line, function, text) for file, line, function, text in frames]
     theirs = [p for p in places if not p[0].startswith("torch/")]
     path, line, function, text = (theirs or places)[-1]
-    return f"{path}:{line} in {function}", text
+    return f"{path}:{line} in " + _RESUMED.sub(r"\1", function), text
 
 
 def short_path(path: str) -> str:

@@ -24,5 +24,5 @@ for(const b of bodies){const line=b.rows[0];
   line.addEventListener('click',()=>{if(!String(getSelection()))turn(b)});
   line.addEventListener('keydown',e=>{if(e.key==='Enter'||e.key===' '){e.preventDefault();turn(b)}})}
 function go(){const b=document.getElementById(decodeURIComponent(location.hash.slice(1)));
-  if(b&&b.rows){b.hidden=false;turn(b,true);b.scrollIntoView({block:'start'});scrollBy(0,-70)}}
+  if(b&&b.rows){b.hidden=false;turn(b,true);b.scrollIntoView()}}
 addEventListener('hashchange',go);filter();go();
