@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import fx
 
+from slothc.patterns.meaning import Op
+
 from .coverage import operation
 from .regions import ARITHMETIC, FLOATS, VIEWS
 from .view import GraphView
@@ -27,7 +29,7 @@ def why(view: GraphView, node: fx.Node, missed: Mapping[fx.Node, str]) -> str:
         return "written to in place: its value depends on when it is read"
     if op.kind == "embedding" or name == "embedding":
         return "a table look-up: PyTorch's kernel moves no byte too many"
-    return _by_name(name) or _by_value(view, node, op.kind, name)
+    return _by_name(name) or _by_value(view, node, op, name)
 
 
 def _by_name(name: str) -> str:
@@ -38,11 +40,13 @@ def _by_name(name: str) -> str:
         return "orders or counts elements: not a formula of rows"
     if bare.startswith(SCATTERS):
         return "addresses elements by values (gather, scatter)"
+    if bare in ("_add_batch_dim", "_remove_batch_dim"):
+        return "inside vmap"
     return COPIES.get(bare, "makes a tensor from nothing" if bare in MADE else "")
 
 
-def _by_value(view: GraphView, node: fx.Node, kind: str, name: str) -> str:
-    value = view.example(node)
+def _by_value(view: GraphView, node: fx.Node, op: Op, name: str) -> str:
+    value, kind = view.example(node), op.kind
     values = value if isinstance(value, tuple | list) else (value,)
     tensors = [v for v in values if isinstance(v, torch.Tensor)]
     if tensors and all(v.dtype not in FLOATS and not v.dtype.is_complex for v in tensors):
@@ -53,4 +57,4 @@ def _by_value(view: GraphView, node: fx.Node, kind: str, name: str) -> str:
         if not view.needs_grad(node):
             return "no gradient flows through it, and it stands alone"
         return "stands alone: a kernel of its own would move as many bytes"
-    return f"no formula for {name}"
+    return op.params.get("reason") or f"no formula for {name}"

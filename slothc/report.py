@@ -8,7 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from slothc.patterns.rule import Miss
+
 from .breaks import Break
+from .catalogue import UNNAMED
 from .coverage import by_rule, coverage, operation
 from .found import Region
 from .reasons import why
@@ -16,7 +19,7 @@ from .regions_shown import RegionLine, shown
 from .rewrite import Rewritten
 from .view_location import place
 
-LISTED = 4            # places of each kind that the printed report names; JSON and HTML have all
+LISTED = 3            # places of each kind that the printed report names; JSON and HTML have all
 SMALL = 0.005         # of all bytes: what the printed report leaves out
 
 
@@ -92,9 +95,18 @@ class Report:
             [f"  left to eager  {rule}: {reason} ({n}x, first at {first[rule, reason]})" for (rule, reason), n in grouped.most_common()],
             "reasons",
         )
-        rest = [r for r in self.rest if r.share >= SMALL]
-        lines += _some([f"  not covered  {r.share:5.1%} of the bytes: {r.operation} at {r.location} ({r.why})" for r in rest], "places")
+        lines += _some([f"  not covered  {text}" for text in _places(self.rest)], "places")
         return "\n".join(lines)
+
+
+def _places(rest: tuple[RestLine, ...]) -> list[str]:
+    """The larger ones, those of one line and reason together."""
+    shares, names = Counter[tuple[str, str]](), dict[tuple[str, str], dict[str, None]]()
+    for r in rest:
+        shares[r.location, r.why] += r.share
+        names.setdefault((r.location, r.why), {})[r.operation] = None
+    large = [(*key, share) for key, share in shares.most_common() if share >= SMALL]
+    return [f"{share:5.1%} of the bytes: {', '.join(names[at, why])} at {at} ({why})" for at, why, share in large]
 
 
 def _some(lines: list[str], what: str) -> list[str]:
@@ -112,9 +124,9 @@ def report(graphs: list[Rewritten], breaks: dict[Break, int]) -> Report:
         view = r.found.view
         total += sum((item.counts() if isinstance(item, Region) else Counter({item.rule: item.count}) for item in r.used), Counter())
         missed = (*r.found.misses, *r.dropped)
-        misses += [MissLine(m.rule, at, m.reason, line) for m in missed for at, line in (place(m.node),)]
         said = {m.node: m.reason for m in reversed(missed)}
         done, left = coverage(r.found, r.used)
+        misses += [_missed(m) for m in missed if m.rule != UNNAMED or m.node in left]
         covered, sizes = covered + done, sizes + by_rule(r.found, r.used)
         for n, size in left.items():
             at, line = place(n)
@@ -124,6 +136,11 @@ def report(graphs: list[Rewritten], breaks: dict[Break, int]) -> Report:
     shares = {n: s / size for n, s in sizes.most_common()}
     share = covered / size if size else 1.0
     return Report(_ordered(total), share, tuple(misses), tuple(shown(every)), len(graphs), breaks, places, shares)
+
+
+def _missed(miss: Miss) -> MissLine:
+    at, line = place(miss.node)
+    return MissLine(miss.rule, at, miss.reason, line)
 
 
 def _ordered(total: Counter[str]) -> dict[str, int]:
