@@ -37,16 +37,16 @@ class RegionLine:
     count: int = field(default=1, compare=False)
 
 
-def shown(graphs: Iterable[Rewritten]) -> Iterator[RegionLine]:
+def shown(graphs: Iterable[tuple[Rewritten, int]]) -> Iterator[RegionLine]:
     """Each distinct region of the graphs, the most frequent first. Two are one where plan and source are the same."""
     first: dict[Any, tuple[GraphView, Region | Match]] = {}
     many: dict[Any, int] = {}
-    for g in graphs:
+    for g, times in graphs:
         for item in g.used:
             view = g.found.view
             key = item.plan.key if isinstance(item, Region) else (item.rule, view.location(item.node), str(_static(item)))
             first.setdefault(key, (view, item))
-            many[key] = many.get(key, 0) + 1
+            many[key] = many.get(key, 0) + times
     for key in sorted(many, key=many.__getitem__, reverse=True):
         view, item = first[key]
         yield _region(view, item, many[key]) if isinstance(item, Region) else _match(view, item, many[key])

@@ -114,28 +114,32 @@ def _some(lines: list[str], what: str) -> list[str]:
     return lines if left <= 1 else [*lines[:LISTED], f"  and {left} more {what} (all in --json and --html)"]
 
 
-def report(graphs: list[Rewritten], breaks: dict[Break, int]) -> Report:
-    """The report over every graph of one compilation."""
-    every = [r for g in graphs for r in g.all()]
+def report(graphs: list[tuple[Rewritten, int]], breaks: dict[Break, int]) -> Report:
+    """The report over every graph of one compilation, each with how often one call of the model runs it."""
+    every = [(r, times) for g, times in graphs for r in g.all()]
     total, sizes, covered = Counter[str](), Counter[str](), 0
     rest = Counter[tuple[str, str, str, str]]()
     misses: list[MissLine] = []
-    for r in every:
-        view = r.found.view
-        total += sum((item.counts() if isinstance(item, Region) else Counter({item.rule: item.count}) for item in r.used), Counter())
+    for r, times in every:
+        for item in r.used:
+            total += _times(item.counts() if isinstance(item, Region) else Counter({item.rule: item.count}), times)
         missed = (*r.found.misses, *r.dropped)
         said = {m.node: m.reason for m in reversed(missed)}
         done, left = coverage(r.found, r.used)
         misses += [_missed(m) for m in missed if m.rule != UNNAMED or m.node in left]
-        covered, sizes = covered + done, sizes + by_rule(r.found, r.used)
+        covered, sizes = covered + times * done, sizes + _times(by_rule(r.found, r.used), times)
         for n, size in left.items():
             at, line = place(n)
-            rest[at, operation(n), why(view, n, said), line] += size
+            rest[at, operation(n), why(r.found.view, n, said), line] += times * size
     size = covered + rest.total()
     places = tuple(RestLine(at, what, n / size, reason, line) for (at, what, reason, line), n in rest.most_common())
     shares = {n: s / size for n, s in sizes.most_common()}
     share = covered / size if size else 1.0
     return Report(_ordered(total), share, tuple(misses), tuple(shown(every)), len(graphs), breaks, places, shares)
+
+
+def _times(counted: Counter[str], times: int) -> Counter[str]:
+    return Counter({n: c * times for n, c in counted.items()})
 
 
 def _missed(miss: Miss) -> MissLine:

@@ -35,7 +35,7 @@ HEADS = (
     ("coverage", "n", "share of the bytes that rewritten regions account for"),
     ("graphs", "n third", "graphs that Dynamo made, and breaks"),
     ("of allowed", "n third", "error as a share of what the contract allows"),
-    ("error, sloth", "n second", "of all gradients together, from float64"),
+    ("error, sloth", "n third", "of all gradients together, from float64"),
     ("error, eager", "n second", "of all gradients together, from float64"),
     ("compile", "n third", "seconds under sloth, and as a multiple of a backend that does nothing"),
     ("found", "found", "what was found"),
