@@ -160,3 +160,59 @@ def test_a_break_counts_once_for_each_time_its_own_function_stops() -> None:
 
     stops = [Reason("A", 3), Reason("A", 2), Reason("step_unsupported", 1), Reason("A", 1), Reason("A", 1), Reason("B", 2)]
     assert {b.cause: n for b, n in count(stops).items()} == {"A": 2, "B": 1}
+
+
+class Experts(nn.Module):
+    """Which experts run, and over how many tokens, is read from values: all of them, with a norm each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList([nn.RMSNorm(16) for _ in range(3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = (x[:, 0] * 10).long() % 3
+        sizes = torch.bincount(chosen, minlength=3).tolist()
+        parts = x[chosen.argsort()].split(sizes, dim=0)
+        return torch.cat([norm(part) * 2 for norm, part in zip(self.norms, parts)])
+
+
+def test_what_a_break_lets_through_depends_on_values() -> None:
+    """Placeholders have none: sizes that are read from them do not add up."""
+    x = torch.arange(48).view(3, 16) / 160
+    model = Experts()
+    report = slothc.explain(model, x)
+    assert report.graphs == 2 and report.counts["rms_norm"] == 3
+    assert {b.line for b in report.breaks} == {"sizes = torch.bincount(chosen, minlength=3).tolist()"}
+    eager, ours = _step(model, model, x)[0].detach(), _step(model, torch.compile(model, backend="sloth"), x)[0]
+    assert (eager - ours).norm() <= 1e-5 * eager.norm()
+
+
+class Layers(nn.Module):
+    """Layers of one code, each broken in the middle: Dynamo compiles the second half once and runs it in every layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Model(explicit) for _ in range(4)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_a_graph_counts_as_often_as_it_runs() -> None:
+    report = slothc.explain(Layers(), torch.randn(3, 16))
+    assert report.counts["rms_norm"] == 8 and report.graphs < 8
+    assert sum(r.count for r in report.regions if r.name == "rms_norm") == 8
+
+
+def test_explain_leaves_later_compilations_of_a_breaking_model_alone() -> None:
+    torch._dynamo.reset()
+    model, x = Layers(), torch.randn(3, 16)
+    for _ in range(3):
+        slothc.explain(model, x)
+    eager = [v.detach().clone() for v in _step(model, model, x)]
+    with tm.watched() as graphs:
+        ours = _step(model, torch.compile(model, backend="sloth"), x)
+    assert tm.counted(graphs)["rms_norm"] >= 2
+    assert all((a - b).norm() <= 1e-5 * a.norm() for a, b in zip(eager, ours))
