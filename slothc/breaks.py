@@ -21,7 +21,7 @@ CAUSES = (
     ("logging.Logger method", "", "a logger line",
      "log outside forward, or add the method to torch._dynamo.config.ignore_logging_functions"),
     ("Dynamic shape operator", "nonzero", "nonzero, or a boolean mask as index: the size depends on values",
-     "multiply by the mask or use torch.where; for experts choose a grouped implementation (model.set_experts_implementation); or set "
+     "multiply by the mask or use torch.where; for experts model.set_experts_implementation(\"grouped_mm\") where the model has it; or set "
      "torch._dynamo.config.capture_dynamic_output_shape_ops = True"),
     ("Dynamic shape operator", "", "an operation whose size depends on values",
      "use one of fixed size, or set torch._dynamo.config.capture_dynamic_output_shape_ops = True"),
