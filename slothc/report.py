@@ -101,12 +101,14 @@ class Report:
 
 def _places(rest: tuple[RestLine, ...]) -> list[str]:
     """The larger ones, those of one line and reason together."""
-    shares, names = Counter[tuple[str, str]](), dict[tuple[str, str], dict[str, None]]()
+    together: dict[tuple[str, str], list[RestLine]] = {}
     for r in rest:
-        shares[r.location, r.why] += r.share
-        names.setdefault((r.location, r.why), {})[r.operation] = None
-    large = [(*key, share) for key, share in shares.most_common() if share >= SMALL]
-    return [f"{share:5.1%} of the bytes: {', '.join(names[at, why])} at {at} ({why})" for at, why, share in large]
+        together.setdefault((r.location, r.why), []).append(r)
+    large = [(share, lines) for lines in together.values() if (share := sum(r.share for r in lines)) >= SMALL]
+    return [
+        f"{share:5.1%} of the bytes: {', '.join(dict.fromkeys(r.operation for r in lines))} at {lines[0].location} ({lines[0].why})"
+        for share, lines in sorted(large, key=lambda x: -x[0])
+    ]
 
 
 def _some(lines: list[str], what: str) -> list[str]:

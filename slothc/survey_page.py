@@ -73,8 +73,12 @@ def page_of(report: Mapping[str, Any]) -> str:
 def _environment() -> Environment:
     loader = FileSystemLoader(Path(__file__).with_name("templates"))
     made = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    made.filters |= {"percent": lambda share, digits=1: f"{share:.{digits}%}", "grade": grade}
+    made.filters |= {"percent": percent, "grade": grade}
     return made
+
+
+def percent(share: float, digits: int = 1) -> str:
+    return f"{share:.{digits}%}"
 
 
 def grade(coverage: float) -> str:
