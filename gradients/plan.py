@@ -87,6 +87,11 @@ class Plan:
     targets: tuple[int, ...] = ()
 
     @cached_property
+    def saved_values(self) -> tuple[str, ...]:
+        """Names of the forward's outputs that only the backward reads."""
+        return tuple(o.name for o, a in zip(self.forward.program.outputs, self.forward.stores) if a.tensor >= self.results)
+
+    @cached_property
     def key(self) -> str:
         text = "\n".join((self.forward.text, self.backward.text if self.backward else "", str(self.wrt)))
         return hashlib.sha256(text.encode()).hexdigest()[:12]

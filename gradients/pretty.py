@@ -310,16 +310,15 @@ def _literal(p: Pass) -> int | None:
 
 def describe(plan: Plan) -> str:
     """Forward, what is saved, and the derived backward of a plan, as text."""
-    saved = [o.name for o in plan.forward.program.outputs[plan.results :]]
-    operands = [_operand(plan.forward, k) for k in plan.saved_operands]
+    operands = [operand_names(plan.forward, k) for k in plan.saved_operands]
     lines = ["forward", *_indented(formula(plan.forward)), "saved", f"  operands: {', '.join(operands) or 'none'}"]
-    lines += [f"  values:   {', '.join(saved) or 'none'}"]
+    lines += [f"  values:   {', '.join(plan.saved_values) or 'none'}"]
     if plan.backward is None:
         return "\n".join([*lines, "backward", "  none: no operand is differentiable"])
     return "\n".join([*lines, "backward", *_indented(formula(plan.backward, name_scalars=True))])
 
 
-def _operand(p: Pass, number: int) -> str:
+def operand_names(p: Pass, number: int) -> str:
     """The names of the inputs that read operand ``number``, and its storage."""
     names = [i.name for i, a in zip(p.program.inputs, p.loads, strict=True) if a is not None and a.tensor == number]
     return f"{' and '.join(names) or f'operand {number}'} ({p.reads[number].dtype})"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-_EXTRAS = {"click": "cli", "rich": "cli", "transformers": "cli", "peft": "demo", "gguf": "demo", "matplotlib": "demo"}
+_EXTRAS = {"click": "cli", "rich": "cli", "jinja2": "cli", "transformers": "cli", "peft": "demo", "gguf": "demo", "matplotlib": "demo"}
 
 
 def main() -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import difflib
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
@@ -14,9 +16,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from .survey import Row, document, failed, median_coverage, survey
+from .survey import Row, document, failed, measured, median_coverage, survey
 
 FIGURES = ("graphs", "coverage", "eager error", "sloth error", "of allowed", "compile s")
+INTERRUPTED = 130    # as a shell says it
 COLOURS = {"ok": "green", "off": "red", "crash": "red", "timeout": "red"}
 
 
@@ -27,32 +30,46 @@ COLOURS = {"ok": "green", "off": "red", "crash": "red", "timeout": "red"}
 @click.option("--dtype", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True, help="Of the models' weights.")
 @click.option("--jobs", type=click.IntRange(min=1), default=2, show_default=True, help="Side processes at a time.")
 @click.option("--timeout", type=click.FloatRange(min=1), default=300, show_default=True, help="Seconds for one model.")
+@click.option("--resume", is_flag=True, help="Keep the models that the --json file has, if settings and versions are the same.")
 @click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write everything measured here.")
 @click.option("--html", "html_path", type=click.Path(dir_okay=False, path_type=Path), help="Write the report as one page here.")
 def coverage(names: tuple[str, ...], everything: bool, peft: str | None, dtype: str, jobs: int, timeout: float,
-             json_path: Path | None, html_path: Path | None) -> None:
+             resume: bool, json_path: Path | None, html_path: Path | None) -> None:
     """Measure many models: what is found, what is missed and why, errors against float64, compile time.
 
     NAMES are model types of transformers such as llama or qwen3; each is built tiny, with random weights, in a side process. Exits
-    with 1 if a model that runs in eager crashes under sloth or breaks the numerical contract.
+    with 1 if a model that runs in eager crashes under sloth or breaks the numerical contract. Ctrl-C ends it with what was measured until
+    then, files included, and exit code 130.
     """
     chosen = _chosen(names, everything)
     for path in (json_path, html_path):
         if path and not path.absolute().parent.is_dir():
             raise click.BadParameter(f"the directory of {str(path)!r} does not exist")
-    rows = _watched(chosen, peft, dtype, jobs, timeout)
+    if resume and json_path is None:
+        raise click.UsageError("--resume needs --json, the file that it goes on with")
+    settings = {"peft": peft, "dtype": dtype}
+    old = {r["name"]: r for r in measured(json_path, settings)} if resume and json_path else {}
+    found = _watched([n for n in chosen if n not in old], peft, dtype, jobs, timeout)
+    rows = [r for n in chosen if (r := found.get(n) or old.get(n))]
     console = Console(width=None if sys.stdout.isatty() else 180)
-    console.print(table(rows, console.width))
+    if rows:
+        console.print(table(rows, console.width))
     click.echo(summary(rows))
-    whole = document(rows, {"peft": peft, "dtype": dtype})
+    _write(document(rows, settings, len(chosen)), json_path, html_path)
+    if len(rows) < len(chosen):
+        click.echo(f"stopped after {len(rows)} of {len(chosen)} models", err=True)
+        raise SystemExit(INTERRUPTED)
+    if failed(rows):
+        raise SystemExit(1)
+
+
+def _write(whole: dict[str, Any], json_path: Path | None, html_path: Path | None) -> None:
     if json_path:
         json_path.write_text(json.dumps(whole, indent=2) + "\n")
     if html_path:
         from .survey_page import page
 
         html_path.write_text(page(whole), encoding="utf-8")
-    if failed(rows):
-        raise SystemExit(1)
 
 
 def _chosen(names: Sequence[str], everything: bool) -> list[str]:
@@ -70,19 +87,30 @@ def _chosen(names: Sequence[str], everything: bool) -> list[str]:
     return known if everything else list(dict.fromkeys(names))
 
 
-def _watched(names: Sequence[str], peft: str | None, dtype: str, jobs: int, timeout: float) -> list[Row]:
+def _watched(names: Sequence[str], peft: str | None, dtype: str, jobs: int, timeout: float) -> dict[str, Row]:
+    """Name -> row, under a progress bar (lines where there is no terminal); fewer than ``names`` after Ctrl-C or a SIGTERM."""
     console = Console(stderr=True)
     text = (TextColumn("{task.description:<24}"), TextColumn("{task.fields[bad]}"))
     columns = (text[0], BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), text[1])
-    bad: list[str] = []
+    found: dict[str, Row] = {}
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("starting", total=len(names), bad="")
 
         def advance(row: Row) -> None:
-            bad.extend(r["name"] for r in failed([row]))
+            found[row["name"]] = row
+            bad = [r["name"] for r in failed(list(found.values()))]
             bar.update(task, advance=1, description=row["name"], bad=f"failed: {', '.join(bad)}" if bad else "")
+            if not console.is_terminal:
+                click.echo(f"{len(found)}/{len(names)} {row['name']}: {row['status']}", err=True)
 
-        return survey(names, peft, dtype, jobs, timeout, advance)
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            survey(names, peft, dtype, jobs, timeout, advance)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            signal.signal(signal.SIGTERM, before)
+    return found
 
 
 def table(rows: Sequence[Row], width: int) -> Table:

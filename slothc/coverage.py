@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from . import bind
+from .catalogue import UNNAMED
 from .found import Found, Region
 from .regions import VIEWS
 from .spellings import target_name
@@ -47,8 +48,8 @@ def _number(size: int | torch.SymInt) -> int:
     return size if isinstance(size, int) else int(size.node.hint or 1)
 
 
-def coverage(found: Found, used: list[Any]) -> tuple[int, Counter[tuple[str, str]]]:
-    """Bytes of the nodes that the rewrite replaces or makes unnecessary, and those of the others by (place in the source, operation)."""
+def coverage(found: Found, used: list[Any]) -> tuple[int, dict[fx.Node, int]]:
+    """Bytes of the nodes that the rewrite replaces or makes unnecessary, and those of each of the others."""
     view = found.view
     operands: dict[fx.Node, tuple[fx.Node, ...]] = {}
     inside: set[fx.Node] = set()
@@ -65,8 +66,25 @@ def coverage(found: Found, used: list[Any]) -> tuple[int, Counter[tuple[str, str
         if node in needed:
             needed.update(operands.get(node, node.all_input_nodes))
     total = {n: traffic(view, n) for n in view.nodes if view.alive(n)}
-    left = Counter[tuple[str, str]]()
-    for n, count in total.items():
-        if count and n not in inside and n in needed and n not in operands:
-            left[view.location(n), target_name(n) if n.op == "call_function" else str(n.target)] += count
-    return sum(total.values()) - left.total(), left
+    left = {n: count for n, count in total.items() if count and n not in inside and n in needed and n not in operands}
+    return sum(total.values()) - sum(left.values()), left
+
+
+def by_rule(found: Found, used: list[Any]) -> Counter[str]:
+    """Bytes of the nodes that the rewrite replaces, by the name of what they belong to."""
+    view, sizes = found.view, Counter[str]()
+    for item in used:
+        if not isinstance(item, Region):
+            sizes[item.rule] += sum(traffic(view, n) for n in item.nodes)
+            continue
+        named: set[fx.Node] = set()
+        for part in item.parts:
+            sizes[part.rule] += sum(traffic(view, n) for n in part.nodes - named)
+            named |= part.nodes
+        sizes[UNNAMED] += sum(traffic(view, n) for n in item.cone.nodes - named)
+    return +sizes
+
+
+def operation(node: fx.Node) -> str:
+    """What the node calls, as its author would write it."""
+    return target_name(node) if node.op == "call_function" else str(node.target)

@@ -2,47 +2,94 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import fx
+from torch._dynamo.utils import graph_break_reasons
 
+from .breaks import count
 from .options import Options
 from .report import Report, report
 from .rewrite import Rewritten, rewrite
+
+# What explain compiles is no recompilation of anything else; before torch 2.13 there was no such promise.
+ISOLATED: dict[str, Any] = {"isolate_recompiles": True} if "isolate_recompiles" in signature(torch.compile).parameters else {}
 
 
 def explain(model: Any, *args: Any, sloth_options: Mapping[str, Any] | None = None, **inputs: Any) -> Report:
     """Capture ``model(*args, **inputs)`` as ``torch.compile`` would and report what was found.
 
     Nothing is computed and nothing is changed: graphs return placeholders of the right shapes. Works on the CPU, on a GPU and on the meta
-    device (a full-size model costs no memory there).
+    device (a full-size model costs no memory there). Only where Dynamo makes more than one graph, what runs between two of them may depend
+    on their values: then they are computed, unless the model is on the meta device.
     """
     options = Options.of(sloth_options)
-    graphs: list[Rewritten] = []
+    first = len(graph_break_reasons)
+    try:
+        graphs = _captured(model, args, inputs, options, _Hollow)
+    except Exception:
+        if first == len(graph_break_reasons) or _on_meta(model, args, inputs):
+            raise
+        graphs = []
+    if len(graphs) != 1 and not _on_meta(model, args, inputs):
+        first = len(graph_break_reasons)
+        graphs = _captured(model, args, inputs, options, _Computed)
+    return report([(made, max(stand.calls, 1)) for made, stand in graphs], count(graph_break_reasons[first:]))
+
+
+def _captured(
+    model: Any, args: tuple[Any, ...], inputs: Mapping[str, Any], options: Options, kind: type[_Stand]
+) -> list[tuple[Rewritten, _Stand]]:
+    """Every graph of one call, with what stood for it."""
+    graphs: list[tuple[Rewritten, _Stand]] = []
 
     def record(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        graphs.append(rewrite(module, options, run=False))
-        return _Hollow(module)
+        graphs.append((rewrite(module, options, run=False), kind(module)))
+        return graphs[-1][1]
 
-    before = Counter(torch._dynamo.utils.counters["graph_break"])
-    compiled = torch.compile(model, backend=record)
+    compiled = torch.compile(model, backend=record, **ISOLATED)
     with torch.random.fork_rng():
         compiled(*args, **inputs)
-    breaks = Counter(torch._dynamo.utils.counters["graph_break"]) - before
-    return report(graphs, {str(k).splitlines()[0]: v for k, v in breaks.items()})
+    return graphs
 
 
-class _Hollow:
-    """Stands for a graph: returns tensors of the right shape, dtype and device that hold no memory."""
+def _on_meta(*given: Any) -> bool:
+    tensors = [v for v in torch.utils._pytree.tree_leaves(given[1:]) if isinstance(v, torch.Tensor)]
+    if isinstance(given[0], torch.nn.Module):
+        tensors += given[0].parameters()
+    return any(t.is_meta for t in tensors)
+
+
+class _Stand:
+    """Stands for a graph; ``calls`` is how often it ran."""
 
     def __init__(self, module: fx.GraphModule) -> None:
-        self.outputs = next(n for n in module.graph.nodes if n.op == "output").args[0]
+        self.module, self.calls = module, 0
 
     def __call__(self, *inputs: Any) -> Any:
-        return torch.utils._pytree.tree_map(self._value, tuple(self.outputs))
+        self.calls += 1
+        return self.run(*inputs)
+
+    def run(self, *inputs: Any) -> Any:
+        raise NotImplementedError
+
+
+class _Computed(_Stand):
+    """Runs the graph as it is."""
+
+    def run(self, *inputs: Any) -> Any:
+        return self.module(*inputs)
+
+
+class _Hollow(_Stand):
+    """Returns tensors of the right shape, dtype and device that hold no memory."""
+
+    def run(self, *inputs: Any) -> Any:
+        outputs = next(n for n in self.module.graph.nodes if n.op == "output").args[0]
+        return torch.utils._pytree.tree_map(self._value, tuple(outputs))
 
     @staticmethod
     def _value(node: Any) -> Any:

@@ -5,18 +5,23 @@ from __future__ import annotations
 import json
 import os
 import queue
+import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from .version import __version__
 
 Row = dict[str, Any]
 CHILD = (sys.executable, "-m", "slothc.survey_child")
 MODELS = 16          # that one process measures before a fresh one takes over: compiled code is never freed
+GRACE = 5.0          # seconds for a killed process to be gone
 FAILURES = ("crash", "off")
 _DIED = {"sloth": "crash", "explain": "crash", "truth": "no truth", "eager": "eager fails", "do-nothing backend": "no capture"}
 
@@ -61,11 +66,11 @@ class Worker:
         try:
             print(json.dumps(job), file=process.stdin, flush=True)
         except OSError:
-            raise Died(self._epitaph()) from None
+            raise Died(self._epitaph(process)) from None
         while True:
             text = self.lines.get(timeout=max(deadline - time.perf_counter(), 0.01))
             if text is None:
-                raise Died(self._epitaph())
+                raise Died(self._epitaph(process))
             yield json.loads(text)
 
     def _start(self) -> subprocess.Popen[str]:
@@ -75,18 +80,24 @@ class Worker:
         process = self.process = subprocess.Popen(
             self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.noise, text=True,
             env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"},
+            start_new_session=True,                                         # Ctrl-C is for the survey, not for a model being measured
         )
         threading.Thread(target=_read, args=(process, self.lines), daemon=True).start()
         return process
 
-    def _epitaph(self) -> str:
+    def _epitaph(self, process: subprocess.Popen[str]) -> str:
         """How the process ended, and the last thing it said."""
-        assert self.process is not None
-        code = self.process.wait()
+        code = process.wait()
         self.noise.seek(0)
         said = [line.strip() for line in self.noise.read()[-4000:].splitlines() if line.strip()]
         how = f"the process was ended by signal {-code}" if code < 0 else f"the process ended with exit code {code}"
         return how + (f": {said[-1][:200]}" if said else "")
+
+    def interrupt(self) -> None:
+        """End the process from another thread; the one that waits for it finds it dead."""
+        process = self.process
+        if process is not None:
+            process.kill()
 
     def stop(self) -> None:
         """End the process; the next job starts another."""
@@ -115,7 +126,7 @@ def survey(
     progress: Callable[[Row], None] = lambda _: None, command: Sequence[str] = CHILD,
 ) -> list[Row]:
     """One row for each name, in the order of ``names``; ``jobs`` side processes at a time. ``progress`` is called with each row as it
-    comes, from the thread that waited for it."""
+    comes, from the thread that waited for it: after a KeyboardInterrupt, those are the rows there are."""
     waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
     for name in names:
         waiting.put(name)
@@ -130,6 +141,8 @@ def survey(
             except queue.Empty:
                 break
             row = worker.measure({"name": name, "peft": peft, "dtype": dtype}, timeout)
+            if over.is_set():
+                break
             rows[name] = row
             progress(row)
         worker.stop()
@@ -143,7 +156,9 @@ def survey(
     finally:
         over.set()
         for worker in workers:
-            worker.stop()
+            worker.interrupt()
+        for thread in threads:
+            thread.join(GRACE)
     return [rows[name] for name in names]
 
 
@@ -154,19 +169,27 @@ def failed(rows: Sequence[Row]) -> list[Row]:
 
 def median_coverage(rows: Sequence[Row]) -> float | None:
     """Over the models that ran under sloth."""
-    shares = sorted(r["coverage"] for r in rows if r.get("coverage") is not None)
-    if not shares:
-        return None
-    middle = len(shares) // 2
-    return shares[middle] if len(shares) % 2 else (shares[middle - 1] + shares[middle]) / 2
+    shares = [r["coverage"] for r in rows if r.get("coverage") is not None]
+    return statistics.median(shares) if shares else None
 
 
-def document(rows: Sequence[Row], settings: dict[str, Any]) -> dict[str, Any]:
-    """Everything that was measured, as ``--json`` writes it."""
-    from importlib.metadata import version
-
-    from .version import __version__
-
-    versions = {"slothc": __version__, **{p: version(p) for p in ("torch", "transformers")}}
+def document(rows: Sequence[Row], settings: dict[str, Any], asked: int | None = None) -> dict[str, Any]:
+    """Everything that was measured, as ``--json`` writes it. ``asked``: how many models were to be measured; where there are fewer rows,
+    ``unfinished`` is that number."""
     totals = {status: sum(r["status"] == status for r in rows) for status in sorted({r["status"] for r in rows})}
-    return {"versions": versions, "settings": settings, "totals": totals, "median_coverage": median_coverage(rows), "models": list(rows)}
+    made = {"versions": versions(), "settings": settings, "totals": totals, "median_coverage": median_coverage(rows), "models": list(rows)}
+    return made if asked is None or asked == len(rows) else {**made, "unfinished": asked}
+
+
+def versions() -> dict[str, str]:
+    """What decides a row besides its settings."""
+    return {"slothc": __version__, **{p: version(p) for p in ("torch", "transformers")}}
+
+
+def measured(path: Path, settings: dict[str, Any]) -> list[Row]:
+    """The rows of a file that ``--json`` wrote with the same settings and versions; none where there is no such file."""
+    if not path.is_file():
+        return []
+    whole = json.loads(path.read_text())
+    same = whole["settings"] == settings and whole["versions"] == versions()
+    return list(whole["models"]) if same else []

@@ -6,7 +6,10 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +20,15 @@ def script(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(BENCH / name), *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def module(name: str) -> Any:
+    """A script of bench/ as a module."""
+    spec = spec_from_file_location(f"bench_{name}", BENCH / f"{name}.py")
+    assert spec and spec.loader
+    made = module_from_spec(spec)
+    spec.loader.exec_module(made)
+    return made
 
 
 def test_train_compares_systems_and_reports_failures(tmp_path: Path) -> None:
@@ -72,3 +84,103 @@ def test_the_gpu_script_explains_itself_and_refuses_a_machine_without_one() -> N
     run = subprocess.run([BENCH / "gpu.sh"], capture_output=True, text=True, env=environment)
     assert run.returncode == 2
     assert "no CUDA device" in run.stderr
+
+
+LIGER = '''
+def apply_liger_kernel_to_a(rope: bool = True, rms_norm: bool = True, swiglu: bool = False, cross_entropy: bool = False,
+                            fused_linear_cross_entropy: bool = True, model=None):
+    if rope:
+        raise NotImplementedError("not for this one")
+    if rms_norm:
+        modeling.RMSNorm = LigerRMSNorm
+    if swiglu:
+        modeling.MLP = LigerMLP
+    if fused_linear_cross_entropy:
+        modeling.forward = fused
+    if model is not None:
+        pass
+
+def apply_liger_kernel_to_b(rms_norm: bool = True, layer_norm: bool = True, geglu: bool = True):
+    if layer_norm and model is None:
+        nn.LayerNorm = LigerLayerNorm
+    if geglu:
+        logger.warning_once("nothing happens")
+    apply_liger_kernel_to_a(rope=False, rms_norm=rms_norm)
+
+MODEL_TYPE_TO_APPLY_LIGER_FN = {"a": apply_liger_kernel_to_a, "b_text": apply_liger_kernel_to_b, "b": apply_liger_kernel_to_b}
+'''
+UNSLOTH = {
+    "unsloth/models/loader.py": '''
+class Loader:
+    def load(model_type):
+        if model_type == "a":
+            dispatch_model = FastA
+        elif model_type == "b":
+            if old:
+                raise ImportError
+            dispatch_model = FastB if model_type == "b" else FastC
+        elif model_type == "c":
+            pass
+''',
+    "unsloth/models/a.py": '''
+def attention(q, k):
+    return fast_rope_embedding(q, k)
+def layer(x):
+    return attention(fast_rms_layernorm(x))
+class FastA:
+    def pre_patch():
+        Layer.forward = layer
+''',
+    "unsloth/models/b.py": "class FastB(FastA):\n    def post(): head.forward = fast_cross_entropy_loss\n",
+}
+
+
+def test_what_peers_patch_is_read_from_their_source(tmp_path: Path) -> None:
+    peers = module("peers")
+    assert peers.liger(LIGER) == {"a": ["cross_entropy", "rms_norm"], "b_text": ["layer_norm", "rms_norm"], "b": ["layer_norm", "rms_norm"]}
+    assert peers.unsloth(UNSLOTH) == {"a": ["rms_norm", "rope"], "b": ["cross_entropy", "rms_norm", "rope"]}
+    with zipfile.ZipFile(tmp_path / "liger_kernel-1.2-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(peers.LIGER, LIGER)
+    with pytest.raises(FileNotFoundError, match="pip download --no-deps"):
+        peers.read(tmp_path)
+    with zipfile.ZipFile(tmp_path / "unsloth-3.4-py3-none-any.whl", "w") as wheel:
+        for name, text in UNSLOTH.items():
+            wheel.writestr(name, text)
+    found = peers.read(tmp_path)
+    assert (found["liger"]["version"], found["unsloth"]["version"]) == ("1.2", "3.4")
+    stored = json.loads(module("coverage").store(found))
+    assert stored == found
+
+
+def test_the_stored_peers_are_those_of_the_packages() -> None:
+    from slothc.peers import peers
+
+    liger, unsloth = peers()
+    assert set(unsloth.models) == {"llama", "mistral", "gemma", "gemma2", "qwen2", "qwen3"}
+    assert {"llama", "gemma2", "qwen3_moe", "phi3", "gpt_oss"} < set(liger.models) and len(liger.models) > 40
+    assert set(liger.models["llama"]) == {"rms_norm", "rope", "gated_mlp", "cross_entropy"}
+    assert "rope" not in liger.models["deepseek_v3"]
+    row = {"name": "llama", "shares": {"rms_norm": 0.4, "rope": 0.3, "rowwise": 0.1}, "counts": {"rms_norm": 5, "rope": 4, "rowwise": 2}}
+    assert liger.most(row) == (pytest.approx(0.7), 9) and liger.most({"name": "mamba"}) is None
+
+
+def test_the_coverage_table_is_made_from_what_was_measured(tmp_path: Path) -> None:
+    rows = [
+        {"name": "llama", "status": "ok", "coverage": 0.9, "shares": {"rms_norm": 0.5, "rope": 0.2}, "counts": {"rms_norm": 5, "rope": 4}},
+        {"name": "mamba", "status": "ok", "coverage": 0.7, "shares": {"rms_norm": 0.5}, "counts": {"rms_norm": 3, "layer_norm": 1}},
+        {"name": "new", "status": "off", "coverage": 0.8, "shares": {}, "counts": {"rms_norm": 7}},
+    ]
+    versions = {"slothc": "9", "torch": "2", "transformers": "5"}
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps({"versions": versions, "settings": {"dtype": "fp32", "peft": None}, "models": rows}))
+    run = script("coverage.py", "--json", str(path))
+    assert run.returncode == 0, run.stderr
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in run.stdout.splitlines() if line.startswith("|")]
+    assert lines[2] == ["sloth 9", "2", "70.0%", "80.0%", "9", "4", "0", "0"]
+    assert lines[3][1:] == ["1", "0.0%", "70.0%", "5", "4", "0", "0"]
+    assert "3 architectures of transformers 5" in run.stdout
+    coverage = module("coverage")
+    text = coverage.into(f"before {coverage.BEGIN} old {coverage.END} after", "new")
+    assert text == f"before {coverage.BEGIN}\nnew\n{coverage.END} after"
+    with pytest.raises(ValueError, match="marks"):
+        coverage.into("no marks", "new")

@@ -132,7 +132,61 @@ def test_explain_leaves_python_randomness_alone(seed: int) -> None:
 
 def test_what_is_not_covered_is_named_and_adds_up() -> None:
     report = slothc.explain(tm.model("falcon_h1"), **tm.batch())
-    assert abs(sum(share for *_, share in report.rest) - (1 - report.coverage)) < 1e-6
-    where, what, share = report.rest[0]
-    assert "falcon_h1" in where and what and share == max(s for *_, s in report.rest)
-    assert f"{what} at {where}" in str(report)
+    assert abs(sum(r.share for r in report.rest) - (1 - report.coverage)) < 1e-6
+    first = report.rest[0]
+    assert "falcon_h1" in first.location and first.operation and first.share == max(r.share for r in report.rest)
+    assert first.operation in first.line or "." in first.operation
+    assert all(r.why for r in report.rest)
+    assert f"{first.operation} at {first.location} ({first.why})" in str(report)
+
+
+def test_a_typical_report_is_ten_lines() -> None:
+    assert all(len(str(slothc.explain(tm.model(name), **tm.batch())).splitlines()) <= 10 for name in ("llama", "qwen3", "gemma2", "gpt2"))
+
+
+def test_bytes_by_rule_are_parts_of_the_coverage() -> None:
+    report = slothc.explain(tm.model("llama", lora=True), **tm.batch())
+    assert set(report.shares) <= {*LLAMA, "rowwise"} and report.shares["rms_norm"] > 0.1
+    assert 0.9 * report.coverage < sum(report.shares.values()) <= report.coverage + 1e-9
+
+
+def test_a_region_shows_the_source_before_and_the_formulas_after() -> None:
+    regions = {r.name: r for r in slothc.explain(tm.model("llama", lora=True), **tm.batch()).regions}
+    rope = regions["rope"]
+    lines = {line: names for _, line, names in rope.before}
+    assert lines["return torch.cat((-x2, x1), dim=-1)"] == "neg, cat"
+    assert "q_embed = (q * cos) + (rotate_half(q) * sin)" in lines or "k_embed = (k * cos) + (rotate_half(k) * sin)" in lines
+    assert all("modeling_llama.py:" in at or at.startswith("peft/") for at, *_ in rope.before)
+    assert [line.split(" = ")[0] for line in rope.formula.splitlines()][-2:] == ["y", "y1"]        # the two halves; nothing is kept
+    assert "d_x = " in rope.backward and rope.saved.startswith("operands: ") and "values" not in rope.saved
+    assert rope.kernel.startswith("rowwise_") and rope.count > 1
+    norm = next(r for r in slothc.explain(tm.model("llama"), **tm.batch()).regions if r.name == "rms_norm")
+    assert "rsqrt(" in norm.formula and "keep_" not in norm.formula and "values: v" in norm.saved
+    assert "chain" in regions["cross_entropy"].formula and "B'" in regions["lora_linear"].formula
+
+
+class Odd(nn.Module):
+    """One operation of each kind that no region takes in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.weight = nn.Embedding(8, 16), nn.Parameter(torch.ones(16))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.table(ids)
+        x = torch.cumsum(x, dim=1)
+        order = x.sum(-1).argsort(-1)
+        x = torch.gather(x, 1, order[..., None].expand(x.shape))
+        kept = torch.zeros_like(x)
+        kept[:, :2] = x[:, :2]
+        mask = (ids > 3) & (ids < 7)
+        return torch.fft.rfft(kept.unflatten(-1, (4, 4))).abs().sum() + mask.sum()
+
+
+def test_what_is_not_covered_says_why() -> None:
+    reasons = {r.operation.split(".")[-1].rstrip("_"): r.why for r in slothc.explain(Odd(), torch.arange(8).view(2, 4)).rest}
+    said = {
+        "embedding": "table look-up", "cumsum": "a scan", "argsort": "orders or counts", "gather": "addresses elements",
+        "zeros_like": "written to in place", "and": "integer or boolean", "fft_rfft": "no formula for",
+    }  # fmt: skip
+    assert {name: words for name, words in said.items() if words not in reasons.get(name, "")} == {}, reasons

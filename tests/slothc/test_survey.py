@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -31,6 +34,20 @@ for job in map(json.loads, sys.stdin):
     if what == "hangs":
         time.sleep(60)
     print(json.dumps({"row": {"name": job["name"], "status": "ok", "reason": "", "process": os.getpid()}}), flush=True)
+"""
+
+
+# ``slothc coverage`` over models that the fake process makes up.
+INTERRUPTED = """
+import sys
+from pathlib import Path
+from slothc import cli_coverage, survey
+fake = Path(__file__).with_name("fake.py")
+fake.write_text({fake!r})
+cli_coverage._chosen = lambda *_: {names!r}
+measure = survey.survey
+cli_coverage.survey = lambda *a: measure(*a, command=(sys.executable, str(fake)))
+cli_coverage.coverage(["--all", *sys.argv[1:]])
 """
 
 
@@ -88,8 +105,10 @@ def test_two_models_end_to_end(tmp_path: Path) -> None:
 
     text = (tmp_path / "c.html").read_text()
     parsed = Page(text)
-    assert (parsed.loads, parsed.rows) == ([], ["m-llama", "m-gpt2"])
+    assert (parsed.loads, parsed.rows, parsed.open) == ([], ["m-llama", "m-gpt2"], [])
     assert "<svg" in text and "rms_norm 5" in text and "modeling_llama.py" in text
+    assert "model.loss_type" in text and "hidden_states.pow(2).mean(-1, keepdim=True)" in text and "w * x * rsqrt(" in text
+    assert sum(llama["shares"].values()) == pytest.approx(llama["coverage"], abs=0.02)
 
 
 def test_lora_in_bf16() -> None:
@@ -126,7 +145,7 @@ def test_an_exception_under_sloth_is_a_crash(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_failure_is_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"name": "llama", "status": "crash", "reason": "RuntimeError: [no] luck" + " at all" * 50, "graphs": 7, "coverage": 0.5}]
-    monkeypatch.setattr(cli_coverage, "survey", lambda *a: rows)
+    monkeypatch.setattr(cli_coverage, "survey", lambda *a: a[-1](rows[0]))
     result = invoke("llama")
     assert result.exit_code == 1
     assert "[no] luck" in result.output and "crash: llama" in result.output
@@ -147,6 +166,42 @@ def test_the_contract() -> None:
     assert survey_child.judge(true, eager, [_values(2.0, float("nan"))] * 2, torch.float32)["status"] == "off"
     lost = survey_child.judge(true, eager, [{"loss": torch.tensor(2.0)}] * 2, torch.float32)
     assert lost["status"] == "off" and "w" in lost["reason"]
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_what_was_measured_before_an_interruption_is_written(tmp_path: Path, stop: signal.Signals) -> None:
+    """A terminal's Ctrl-C reaches every process of its group: the model that is being measured is no crash."""
+    files = tmp_path / "c.json", tmp_path / "c.html"
+    (tmp_path / "run.py").write_text(INTERRUPTED.format(fake=FAKE, names=["eager-runs", "sloth-hangs", "eager-leaves"]))
+    command = [sys.executable, str(tmp_path / "run.py"), "--jobs", "1", "--json", str(files[0]), "--html", str(files[1])]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "1/3 eager-runs: ok" in line:
+            break
+    os.killpg(process.pid, stop)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "stopped after 1 of 3" in err and "1 of 1 run and hold" in out
+    whole = json.loads(files[0].read_text())
+    assert ([m["name"] for m in whole["models"]], whole["unfinished"]) == (["eager-runs"], 3)
+    assert "Stopped after 1 of 3 models" in files[1].read_text()
+
+
+def test_resume_measures_only_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[list[str]] = []
+
+    def measure(names: list[str], peft: Any, dtype: str, jobs: int, timeout: float, progress: Any) -> None:
+        asked.append(list(names))
+        for name in names:
+            progress({"name": name, "status": "ok", "reason": "", "coverage": 0.5 + 0.1 * len(asked)})
+
+    monkeypatch.setattr(cli_coverage, "survey", measure)
+    file = str(tmp_path / "c.json")
+    for arguments in (("llama",), ("gpt2", "llama", "--resume"), ("gpt2", "llama", "--resume", "--dtype", "bf16"), ("gpt2",)):
+        assert invoke(*arguments, "--json", file).exit_code == 0
+    assert asked == [["llama"], ["gpt2"], ["gpt2", "llama"], ["gpt2"]]
+    assert invoke("llama", "--resume").exit_code == 2
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
