@@ -23,10 +23,19 @@ class Remaking:
     more: tuple[int, ...]
 
 
+_made: dict[str, Remaking | None] = {}
+
+
 def remaking(plan: Plan) -> Remaking | None:
     """The plan's backward with its first result made again; None where there is no backward, or where the result is not worth its
     making: it needs a pass over the row (a reduction) that the backward does without.
     """
+    if plan.key not in _made:
+        _made[plan.key] = _remaking(plan)
+    return _made[plan.key]
+
+
+def _remaking(plan: Plan) -> Remaking | None:
     if plan.backward is None:
         return None
     forward, backward = plan.forward, plan.backward

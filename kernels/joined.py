@@ -71,7 +71,7 @@ def _record(a: Tensor, b: Tensor, alpha: float, x: Tensor, w: Tensor) -> Record:
     if not fits(x, w):
         return lambda a, b, x, w: _wide(a, b, alpha, x, w)
     (m, k), n, r = x.shape, w.shape[1], a.shape[1]
-    run = Tiles("joined", [(x, w)], a, b, [alpha, m, n, k, r], NK=lies_nk(w))
+    run = Tiles("joined", [(x, w)], a, b, [alpha, m, n, k, r], min(CHUNK, max(16, 1 << (r - 1).bit_length())), NK=lies_nk(w))
 
     def record(a: Tensor, b: Tensor, x: Tensor, w: Tensor) -> Tensor:
         y = run(((x, w),), a, b)
@@ -117,19 +117,21 @@ class Tiles:
     """A kernel of joined_kernel.py over the output tiles of sum of x w + a b, for operands of these dtypes, shapes and strides.
 
     ``(pairs, a, b)`` gives the result; None where addresses do not suit the copy engine, or where the kernel cannot be built for the
-    device, which is remembered.
+    device, which is remembered. ``rank``: columns of a in one dot.
     """
 
-    def __init__(self, name: str, pairs: Sequence[Pair], a: Tensor, b: Tensor, numbers: Sequence[float], **constants: Any) -> None:
+    def __init__(
+        self, name: str, pairs: Sequence[Pair], a: Tensor, b: Tensor, numbers: Sequence[float], rank: int, **constants: Any
+    ) -> None:
         x, w = pairs[0]
-        m, n, r = x.shape[0], w.shape[1], a.shape[1]
+        m, n = x.shape[0], w.shape[1]
         self.device, self.empty = x.device, m * n == 0
         self.blank = Blanks([torch.empty(m, n, dtype=x.dtype, device=x.device)], [False])
         descriptors = [d for pair in pairs for d in _described(*pair)]
         descriptors.append(((m, n), (n, 1), [BLOCK_M, BLOCK_N // 2]))
         processors = _processors(x.device)
         options = dict(
-            **constants, RANK=min(CHUNK, max(16, 1 << (r - 1).bit_length())), BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K,
+            **constants, RANK=rank, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K,
             GROUP=GROUP, PROGRAMS=processors, num_stages=STAGES, num_warps=8,
         )  # fmt: skip
         grid = (min(-(-m // BLOCK_M) * -(-n // BLOCK_N), processors),)

@@ -47,9 +47,9 @@ def _add(total, x, w, row, column, K, BLOCK_K: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M", "N", "R", "K0", "K1", "K2", "sa_m", "sa_r", "sb_r", "sb_n"])
 def summed(x0, w0, x1, w1, x2, w2, y, a, b, M, N, R, K0, K1, K2, sa_m, sa_r, sb_r, sb_n,
-           COUNT: tl.constexpr, RANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+           RANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
            GROUP: tl.constexpr, PROGRAMS: tl.constexpr):  # fmt: skip
-    """y [M, N] = a [M, R] b [R, N] + sum of x_i [M, K_i] w_i [K_i, N] over COUNT pairs; x, w, y are tensor descriptors."""
+    """y [M, N] = a [M, R] b [R, N] + sum of x_i [M, K_i] w_i [K_i, N]; x, w, y are tensor descriptors. K2 is 0 for two pairs."""
     down, across = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     band = GROUP * across                                                 # tiles that share rows of x stay close in time
     rank = tl.arange(0, RANK)
@@ -61,8 +61,7 @@ def summed(x0, w0, x1, w1, x2, w2, y, a, b, M, N, R, K0, K1, K2, sa_m, sa_r, sb_
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         total = _add(total, x0, w0, row, column, K0, BLOCK_K)
         total = _add(total, x1, w1, row, column, K1, BLOCK_K)
-        if COUNT > 2:
-            total = _add(total, x2, w2, row, column, K2, BLOCK_K)
+        total = _add(total, x2, w2, row, column, K2, BLOCK_K)
         rows = (row + tl.arange(0, BLOCK_M))[:, None]
         columns = (column + tl.arange(0, BLOCK_N))[None, :]
         for r in range(0, R, RANK):

@@ -94,7 +94,7 @@ def _stacks(view: GraphView, match: Match) -> bool:
     return (
         len(dtypes - {None}) == 1 and native(value.device.type, value.dtype) and not any(map(view.mutated, (x, weight, a, b)))
         and view.needs_grad(a) and view.needs_grad(b) and not view.needs_grad(weight)
-        and view.value(match.node).shape[:-1] == value.shape[:-1] and not torch.is_autocast_enabled(value.device.type)
+        and view.value(match.node).shape[:-1] == value.shape[:-1] and not torch._C._is_any_autocast_enabled()
     )  # fmt: skip
 
 
