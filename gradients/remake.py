@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from .geometry import Access
 from .plan import Pass, Plan
-from .program import Input, Output, Program, Stage
+from .program import Input, Program, Stage
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,10 @@ def _remaking(plan: Plan) -> Remaking | None:
     )  # fmt: skip
     number = len(backward.writes)
     sizes = tuple((n, e) for n, e in forward.sizes if n in program.input)
+    stores = (*backward.stores, *(Access(number, a.index) for _, a in outputs))
     return Remaking(
         replace(
-            backward, program=program, loads=(*backward.loads, *loads), stores=(*backward.stores, *(Access(number, a.index) for _, a in outputs)),
+            backward, program=program, loads=(*backward.loads, *loads), stores=stores,
             reads=(*backward.reads, *(forward.reads[t] for t in more)), writes=(*backward.writes, forward.writes[0]), sizes=sizes,
         ),
         more,

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from .lowrank_program import OPERANDS, program, straight
 from .products import LOW, Matrix, Ones, native, widens
+from .tracing import traced
 
 LAYOUTS = ("nk", "kn")
 _NOTHING = nullcontext()
@@ -322,6 +323,6 @@ def lora_linear(
     or ``out_dtype`` where the base is cast). Gradients are once differentiable. Raises ValueError for shapes or a
     layout that do not fit, TypeError for an integer x. The backward is ``gradients.matrix.lora_plan``'s.
     """
-    if torch.compiler.is_compiling():
+    if traced(x):
         return torch.ops.sloth.lora_linear(x, xa, weight, bias, a, b, scale, out_dtype, adapter_dtype, layout)
     return _autograd(x, xa, weight, bias, a, b, scale, out_dtype, adapter_dtype, layout)

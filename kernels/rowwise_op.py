@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from slothc.gradients.plan import Plan
 from torch import Tensor
-from torch._subclasses import FakeTensor
 
 from .rowwise import launcher
+from .tracing import traced
 
 PLANS: dict[str, Plan] = {}
 
@@ -68,7 +68,7 @@ def call(plan: Plan) -> Callable[..., Any]:
     def run(*operands: Any) -> Any:
         if not plain:
             operands = _as_tensors(plan, operands)
-        if torch.compiler.is_compiling() or isinstance(operands[0], FakeTensor):
+        if traced(operands[0]):
             written = torch.ops.sloth.rowwise(list(operands), plan.key)[:results]
             return written[0] if results == 1 else tuple(written)
         if differentiable and torch.is_grad_enabled():

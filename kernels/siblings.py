@@ -24,6 +24,7 @@ from .lowrank import _rows, _without_autocast, lora_linear
 from .products import LOW, widens
 from .rowwise import launcher
 from .siblings_program import Stacked, stacked
+from .tracing import traced
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ class Siblings:
 
 
 def call(plan: Plan | None, scales: Sequence[float], ranks: Sequence[int]) -> Callable[..., tuple[Tensor, ...]]:
-    """A function of (the region's operands, or x; then W [N, K], A [r, K], B [N, r] of each linear): (y of each, the region's other results).
+    """A function of the region's operands, or x, and then W [N, K], A [r, K], B [N, r] of each linear. It returns the y of each and then
+    the region's other results.
 
     W is frozen, everything is of one dtype. Raises ValueError for a region without a backward.
     """
@@ -68,7 +70,7 @@ def call(plan: Plan | None, scales: Sequence[float], ranks: Sequence[int]) -> Ca
         rowwise_op.register(plan)
 
     def run(*tensors: Tensor) -> tuple[Tensor, ...]:
-        if torch.compiler.is_compiling() or any(isinstance(t, torch._subclasses.FakeTensor) for t in tensors):
+        if traced(*tensors):
             return _apart(static, tensors)
         if torch.is_grad_enabled():
             return _Siblings.apply(static, *tensors)

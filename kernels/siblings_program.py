@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import sympy as sp
@@ -44,7 +44,8 @@ def stacked(scales: tuple[float, ...], ranks: tuple[int, ...], wide: bool) -> St
     """The program for linears with these scales and ranks. ``wide``: sums over tokens leave the GEMM in fp32 and are rounded after."""
     text = _Text(scales, ranks, wide)
     source = "\n".join([*text.forward(), *text.towards(), *text.weights()])
-    space: dict[str, Any] = {"mm": torch.mm, "cat": torch.cat, "joined": joined, "summed": summed, "rounded": rounded, "float32": torch.float32}
+    space: dict[str, Any] = {"mm": torch.mm, "cat": torch.cat, "float32": torch.float32}
+    space |= {"joined": joined, "summed": summed, "rounded": rounded}
     exec(compile(source, f"<{len(scales)} adapted linears>", "exec"), space)
     return Stacked(space["forward"], space["towards"], space["weights"], source)
 
@@ -56,7 +57,7 @@ class _Text:
         self.plan, self.scales, self.wide = lora_plan("nk", False, True), scales, wide
         self.each = range(len(scales))
         ends = [0, *accumulate(ranks)]
-        self.columns = [f"{a}:{b}" for a, b in zip(ends, ends[1:])]
+        self.columns = [f"{a}:{b}" for a, b in pairwise(ends)]
         self.inner, self.result = self.plan.forward
         backward = self.plan.backward_for((X, "A", "B"))
         made = {name: step for name, step in self.plan.gradients}

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .binding import DTYPE
+from .tracing import traced
 from .vocab_chain import no_autocast
 from .vocab_chunks import Gradients, Operands, Wants, gradients, greatest, losses_and_gradients
 from .vocab_rows import Loss
@@ -93,7 +94,7 @@ def _validate(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tenso
 def _apply(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor | None, loss: Loss) -> Tensor:
     tensors = (hidden, weight, bias)
     wants = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors)
-    if torch.compiler.is_compiling() or not all(t is None or _is_plain(t) for t in (*tensors, labels)):
+    if traced() or not all(t is None or _is_plain(t) for t in (*tensors, labels)):
         return _op(hidden, weight, bias, labels, *_arguments(loss), list(wants))[0]
     if any(wants):
         return _LinearCrossEntropy.apply(hidden, weight, bias, labels, loss)

@@ -10,12 +10,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import fx
+
 from slothc.gradients.remake import remaking
 from slothc.kernels import siblings
 from slothc.kernels.products import native
 from slothc.patterns.lora_linear import NAME
 from slothc.patterns.rule import Match
-from torch import fx
 
 from .found import Region
 from .view import GraphView

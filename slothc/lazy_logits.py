@@ -213,6 +213,6 @@ def lazy_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, chai
 
     recipe = Recipe(hidden, weight, bias, Chain.parse(chain if chain is not None else NAMES[hidden.dtype]))
     plain = all(type(t) in (Tensor, torch.nn.Parameter) and t.device.type != "meta" for t in recipe.tensors)
-    if not plain or torch.compiler.is_compiling():
+    if not plain or torch.compiler.is_dynamo_compiling():
         return build_logits(hidden, weight, bias, recipe.chain)
     return LazyLogits.of(recipe)

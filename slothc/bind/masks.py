@@ -13,6 +13,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from slothc.kernels.attention import Kind, classify
+from slothc.kernels.tracing import traced
 
 T = TypeVar("T")
 OTHER = Kind("other")
@@ -32,15 +33,8 @@ def observable(*tensors: torch.Tensor) -> bool:
     """Whether tensors' elements can be looked at here: not while tracing, on meta or fake tensors, or while a CUDA
     graph records.
     """
-    if torch.compiler.is_compiling():
+    if traced(*tensors) or any(t.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors):
         return False
-    for t in tensors:
-        if (
-            t.is_meta
-            or torch._C._functorch.is_functorch_wrapped_tensor(t)
-            or isinstance(t, torch._subclasses.FakeTensor)
-        ):
-            return False
     return not (tensors and tensors[0].is_cuda and torch.cuda.is_current_stream_capturing())
 
 

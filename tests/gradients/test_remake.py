@@ -23,7 +23,8 @@ def test_gradients_stay_and_the_result_comes_again(form: Form) -> None:
     arguments = [a.detach() for a in form.draw(torch.float32)]
     operands = [arguments[k] for k in c.places]
     written = launcher(c.plan.forward)(operands)
-    reads = [*(operands[k] for k in c.plan.saved_operands), *written[c.plan.results :], *(torch.randn_like(w) for w in written[: c.plan.results])]
+    cotangents = [torch.randn_like(w) for w in written[: c.plan.results]]
+    reads = [*(operands[k] for k in c.plan.saved_operands), *written[c.plan.results :], *cotangents]
     *gradients, again = launcher(made.backward)([*reads, *(operands[k] for k in made.more)])
     for mine, theirs in zip(gradients, launcher(c.plan.backward)(reads), strict=True):
         assert torch.equal(mine, theirs)

@@ -39,7 +39,7 @@ def linears(x: Tensor, flat: Sequence[Tensor], scales: Sequence[float]) -> tuple
 def draw(operands: int, count: int, rows: tuple[int, ...] = (2, 5)) -> list[Tensor]:
     made = [torch.randn(*rows, 32, dtype=torch.float64) for _ in range(operands)]
     for n, r in zip(WIDTHS[:count], RANKS):
-        made += [torch.randn(n, 32, dtype=torch.float64) / 6, torch.randn(r, 32, dtype=torch.float64) / 6, torch.randn(n, r, dtype=torch.float64)]
+        made += [torch.randn(size, dtype=torch.float64) / size[1] ** 0.5 for size in ((n, 32), (r, 32), (n, r))]
     return made
 
 
@@ -72,9 +72,9 @@ def test_contract(name: str, count: int, dtype: torch.dtype, rows: tuple[int, ..
     plan = region_of(region, cast(draw(operands, 0), dtype, DEVICE), dtype).plan if region else None
     ours, errors = frozen(siblings.call(plan, SCALES[:count], RANKS[:count]), operands), Errors()
     torch.manual_seed(2)
-    errors.over(
-        lambda: compare(errors, lambda a, g: run(ours, a, g).values, frozen(whole, operands), cast(draw(operands, count, rows), dtype, DEVICE))
-    )
+    eager = frozen(whole, operands)
+    arguments = lambda: cast(draw(operands, count, rows), dtype, DEVICE)  # noqa: E731
+    errors.over(lambda: compare(errors, lambda a, g: run(ours, a, g).values, eager, arguments()))
 
 
 def test_x_is_not_kept() -> None:

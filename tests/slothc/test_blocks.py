@@ -1,0 +1,95 @@
+"""Adapted linears that read one value, in a graph: which blocks are formed, that they hold, and that a bad one falls apart quietly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import tiny_models as tm
+import torch
+from slothc.kernels import siblings
+
+import slothc.backend
+from slothc import rewrite as rewriting
+from slothc.blocks import Block
+from slothc.errors import RegionDropped
+from slothc.rewrite import Rewritten
+
+
+@contextmanager
+def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Rewritten]]:
+    graphs: list[Rewritten] = []
+    rewrite = rewriting.rewrite
+
+    def record(*a: Any, **k: Any) -> Rewritten:
+        graphs.append(rewrite(*a, **k))
+        return graphs[-1]
+
+    monkeypatch.setattr(slothc.backend, "rewrite", record)
+    yield graphs
+
+
+def shapes(blocks: list[Block]) -> list[tuple[str, int]]:
+    return [(b.rule, len(b.matches)) for b in blocks]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3"])
+def test_blocks_of_a_model_hold_the_contract(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tm.model(name, dtype, lora=True)
+    with recorded(monkeypatch) as graphs:
+        fast = torch.compile(model, backend="sloth")
+        draws = [tm.batch(seed=s) for s in range(5)]
+        ours, eager, true = ([run(x) for x in draws] for run in (
+            lambda x: tm.step(model, fast, **x), lambda x: tm.step(model, **x), lambda x: tm.truth(model, **x)
+        ))  # fmt: skip
+    found = shapes(graphs[0].blocks)
+    # the first layer's q, k, v: nothing before them wants a gradient
+    assert found.count(("lora_linear", 3)) == 1 and found.count(("rms_norm+lora_linear", 3)) == 1
+    assert found.count(("rms_norm+lora_linear", 2)) == 2 and found.count(("gated_mlp+lora_linear", 1)) == 2
+    mean = lambda found: (sum(tm.distance(f, t) ** 2 for f, t in zip(found, true)) / len(true)) ** 0.5  # noqa: E731
+    assert mean(ours) <= 1.10 * mean(eager) + tm.TINY[dtype]
+
+
+def test_members_are_counted_and_covered_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    with recorded(monkeypatch) as graphs:
+        tm.step(model := tm.model("llama", lora=True), torch.compile(model, backend="sloth"), **tm.batch())
+    used = graphs[0].used
+    assert len(used) == len({id(i) for i in used}) == len(graphs[0].found.regions) + len(graphs[0].found.matches)
+
+
+def test_what_others_read_is_kept() -> None:
+    """Where x has another reader it exists anyway: only the products are shared."""
+    from slothc.capture import captured
+    from slothc.found import find
+    from slothc.options import Options
+    from slothc.view import GraphView
+
+    def function(x: torch.Tensor, u: torch.Tensor, *flat: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        y = torch.nn.functional.silu(x) * u
+        w, v, a, b, c, d = flat
+        linear = torch.nn.functional.linear
+        return linear(y, w) + linear(linear(y, a), b) * 0.5, linear(y, v) + linear(linear(y, c), d) * 0.5, torch.sort(y)[0]
+
+    widths = ((2, 5, 32), (2, 5, 32), (24, 32), (16, 32), (4, 32), (24, 4), (4, 32), (16, 4))
+    arguments = [torch.randn(s).requires_grad_(k not in (2, 3)) for k, s in enumerate(widths)]
+    view = GraphView(captured(function, arguments))
+    found = find(view, Options())
+    from slothc.blocks import blocks
+
+    assert shapes(blocks(view, [*found.regions, *found.matches])) == [("lora_linear", 2)]
+
+
+def test_a_block_that_fails_its_check_falls_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its members are used one by one, with a warning that names them."""
+    true = siblings._forward
+    monkeypatch.setattr(siblings, "_forward", lambda s, t: (tuple(y * 1.01 for y in true(s, t)[0]), *true(s, t)[1:]))
+    monkeypatch.setattr(rewriting, "_verdicts", {})
+    monkeypatch.setattr(rewriting, "_warned", set())
+    model = tm.model("llama", lora=True)
+    with recorded(monkeypatch) as graphs, pytest.warns(RegionDropped, match=r"rms_norm\+lora_linear at .*float64 truth"):
+        step = tm.step(model, torch.compile(model, backend="sloth"), **tm.batch())
+    assert not graphs[0].blocks and len(graphs[0].used) == len(graphs[0].found.regions) + len(graphs[0].found.matches)
+    assert tm.distance(step, tm.truth(model, **tm.batch())) < 1e-6
