@@ -7,6 +7,7 @@ projection and its adapters, say.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
@@ -77,8 +78,14 @@ def _cuts(view: GraphView, sink: fx.Node, nodes: frozenset[fx.Node], order: dict
     yield from ((n,) for n in reached)
     linear = {n for n in reached if _linear(view, n, nodes)}
     last = tuple(n for n in reached if n in linear and any(u in nodes and u not in linear for u in n.users))
-    if len(last) > 1:
+    if len(last) > 1 and all(_apart(a, b, nodes) for a, b in itertools.combinations(last, 2)):
         yield last
+
+
+def _apart(a: fx.Node, b: fx.Node, nodes: frozenset[fx.Node]) -> bool:
+    """Whether nothing, operands included, is behind both."""
+    behind_a, behind_b = ({n for x in _reach(s, nodes) for n in (x, *x.all_input_nodes)} for s in (a, b))
+    return not behind_a & behind_b
 
 
 def _linear(view: GraphView, node: fx.Node, nodes: frozenset[fx.Node]) -> bool:
