@@ -67,7 +67,7 @@ def check(
     resize = _smaller(view, [*inputs, *results])
     if resize and not resizable:
         return {}
-    with torch.random.fork_rng(devices=_cuda(view, inputs)), _same_autocast(view, inputs):
+    with torch.random.fork_rng(devices=_cuda(view, inputs)), _same_autocast(view, inputs, results):
         errors = _at_any_size(view, nodes, inputs, results, ours, resize)
         off = [(mine, reference, tiny) for mine, reference, tiny in errors.values() if not mine <= SLACK * reference + tiny]
         if off and all(mine <= NEAR * reference + tiny for mine, reference, tiny in off):
@@ -103,8 +103,11 @@ def _smaller(view: GraphView, nodes: Sequence[fx.Node]) -> dict[int, int]:
     return found
 
 
-def _same_autocast(view: GraphView, inputs: Sequence[fx.Node]) -> Any:
+def _same_autocast(view: GraphView, inputs: Sequence[fx.Node], results: Sequence[fx.Node]) -> Any:
     """The nodes run under the autocast they were captured under, without its cache: leaves are made anew."""
+    entered = view.autocast(results[0])
+    if entered is not None:
+        return torch.autocast(*entered[:3], cache_enabled=False)
     device = next((v.device.type for v in map(view.example, inputs) if isinstance(v, Tensor)), "cpu")
     if not torch.is_autocast_enabled(device):
         return contextlib.nullcontext()

@@ -162,7 +162,7 @@ def _match_job(view: GraphView, match: Match) -> _Job | None:
     static = {k: v for k, v in match.attrs.items() if isinstance(v, int | float | str | bool | torch.dtype | None)}
     plain = [a for a in arguments if not isinstance(a, fx.Node)]
     autocast = torch.is_autocast_enabled(value.device.type) if value.device.type != "meta" else False
-    key = f"{match.rule} {text} {static} {plain} {len(nodes)} {value.device} {autocast}"
+    key = f"{match.rule} {text} {static} {plain} {len(nodes)} {value.device} {autocast} {view.autocast(match.node)}"
     if missing:
         return None
     return _Job(key, value.device, list(nodes), inputs, (match.node,), ours, match.rule != "attention")
