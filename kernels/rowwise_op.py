@@ -13,6 +13,7 @@ import torch
 from slothc.gradients.plan import Plan
 from torch import Tensor
 
+from .once import once_differentiable
 from .rowwise import launcher
 
 PLANS: dict[str, Plan] = {}
@@ -33,6 +34,7 @@ class _Function(torch.autograd.Function):
         return written[0] if plan.results == 1 else tuple(written[: plan.results])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         plan: Plan = ctx.plan
         found = _backward(plan, [*ctx.saved_tensors, *gradients])
