@@ -386,7 +386,7 @@ def threads(name: str, dtype: torch.dtype) -> None:
     for k, owner in enumerate(owners):
         with whole.widened(owner) as wide:
             true = whole.steps(wide, wide)
-        whole.hold([found[k, draw] for draw in range(whole.DRAWS)], whole.steps(owner, owner), true, dtype)
+        assert not whole.broken([found[k, draw] for draw in range(whole.DRAWS)], whole.steps(owner, owner), true, dtype)
 
 
 def _compilations(owner: nn.Module, backend: Callable[..., Any], shapes: list[tuple[int, int]], step: Callable[..., Any]) -> int:
@@ -419,7 +419,7 @@ def shapes(name: str, dtype: torch.dtype) -> None:
     eager = [step(owner, owner, k, size) for k, size in enumerate(sizes)]
     with whole.widened(owner) as wide:
         true = [step(wide, wide, k, size) for k, size in enumerate(sizes)]
-    whole.hold(ours, eager, true, dtype)
+    assert not whole.broken(ours, eager, true, dtype)
 
 
 def one_token(name: str, dtype: torch.dtype) -> None:

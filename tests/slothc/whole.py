@@ -16,7 +16,7 @@ from slothc.errors import RegionDropped
 from slothc.rewrite import Rewritten
 from slothc.survey_child import judge
 
-DRAWS = 5
+DRAWS, MORE = 5, 15
 SETTINGS: dict[str, dict[str, Any]] = {"deepseek_v3": {"first_k_dense_replace": 1}, "mixtral": {"num_experts_per_tok": 4}}
 # One step of ``owner``: forward and backward by ``run`` on the inputs of draw ``k``.
 Step = Callable[[Any, Callable[..., Any], int], tm.Step]
@@ -31,10 +31,10 @@ def plain(owner: Any, run: Callable[..., Any], draw: int) -> tm.Step:
     return tm.step(owner, run, **tm.batch(seed=draw))
 
 
-def steps(owner: Any, run: Callable[..., Any], step: Step = plain) -> list[tm.Step]:
+def steps(owner: Any, run: Callable[..., Any], step: Step = plain, draws: range = range(DRAWS)) -> list[tm.Step]:
     """A step for each draw, with the same random numbers whoever runs."""
     found = []
-    for draw in range(DRAWS):
+    for draw in draws:
         torch.manual_seed(11 + draw)
         found.append(step(owner, run, draw))
     return found
@@ -59,12 +59,12 @@ def used() -> Iterator[list[Rewritten]]:
         yield graphs
 
 
-def hold(ours: list[tm.Step], eager: list[tm.Step], true: list[tm.Step], dtype: torch.dtype) -> None:
-    """Fails with what breaks the contract: the losses, all gradients together, single ones."""
+def broken(ours: list[tm.Step], eager: list[tm.Step], true: list[tm.Step], dtype: torch.dtype) -> str:
+    """What breaks the contract, of the losses, all gradients together and single ones; empty if nothing does."""
     assert {n: (g.dtype, g.shape) for n, g in ours[0].gradients.items()} == {n: (g.dtype, g.shape) for n, g in eager[0].gradients.items()}
     assert ours[0].loss.dtype == eager[0].loss.dtype
     verdict = judge(*([{"loss": s.loss, **s.gradients} for s in run] for run in (true, eager, ours)), dtype)
-    assert verdict["holds"], verdict["reason"]
+    return "" if verdict["holds"] else verdict["reason"]
 
 
 def contract(
@@ -72,12 +72,19 @@ def contract(
 ) -> list[Rewritten]:
     """``step`` by ``run`` (the compiled ``owner``) is as near to truth as by ``owner`` itself. ``exact``: the step that gives the truth.
 
+    Where five draws say no, the errors over more decide: that of a gradient of a few elements is not known from five.
     Returns the graphs that were rewritten.
     """
-    with used() as graphs:
-        ours = steps(owner, run, step)
-    eager = steps(owner, owner.forward, step)
-    with widened(owner) as wide:
-        true = steps(wide, wide, exact or step)
-    hold(ours, eager, true, dtype)
-    return graphs
+    found: tuple[list[tm.Step], ...] = ([], [], [])
+    graphs: list[Rewritten] = []
+    for draws in (range(DRAWS), range(DRAWS, DRAWS + MORE)):
+        with used() as graphs_now:
+            found[0].extend(steps(owner, run, step, draws))
+        graphs += graphs_now
+        found[1].extend(steps(owner, owner.forward, step, draws))
+        with widened(owner) as wide:
+            found[2].extend(steps(wide, wide, exact or step, draws))
+        reason = broken(*found, dtype)
+        if not reason:
+            return graphs
+    raise AssertionError(reason)
