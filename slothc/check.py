@@ -93,13 +93,12 @@ class _Unresizable(Exception):
 
 
 def _smaller(view: GraphView, nodes: Sequence[fx.Node]) -> dict[int, int]:
-    """Large leading sizes, and sizes of vocabularies, with what takes their place."""
+    """Large leading sizes, and sizes of vocabularies, with what takes their place. What is a row's length too stays: plans hold those."""
     found: dict[int, int] = {}
-    for node in nodes:
-        value = view.example(node)
-        if isinstance(value, Tensor) and value.dim() >= 1:
-            lead = [s for s in value.shape[:-1] if isinstance(s, int)]
-            found |= {s: LARGE + s % 64 for s in lead if s > LARGE}
+    shapes = [v.shape for v in map(view.example, nodes) if isinstance(v, Tensor) and v.dim() >= 1]
+    rows = {s[-1] for s in shapes if isinstance(s[-1], int)}
+    for shape in shapes:
+        found |= {s: LARGE + s % 64 for s in shape[:-1] if isinstance(s, int) and s > LARGE and s not in rows}
     return found
 
 
