@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from slothc.gradients.matrix import ONES
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .lowrank_program import OPERANDS, program, straight
+from .once import once_differentiable
 from .products import LOW, Matrix, Ones, native, widens
 from .tracing import traced
 
@@ -104,7 +104,8 @@ def _forward(
         env = form.env(x, xa, {"W": weight, "b": bias, "A": a, "B": b})
         for step in plan.forward:
             env[step.name] = step(env, scale, form.low if step.name == "Y" else None, strict=True)
-    y = env["Y"].view(*x.shape[:-1], env["Y"].shape[-1])
+    y = env["Y"]
+    y = torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[-1]])  # no view: the model may write into it
     return y, tuple(env[name] for name in plan.saved)
 
 

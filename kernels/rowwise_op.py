@@ -13,6 +13,7 @@ import torch
 from slothc.gradients.plan import Plan
 from torch import Tensor
 
+from .once import once_differentiable
 from .rowwise import launcher
 from .tracing import traced
 
@@ -44,6 +45,7 @@ class _Function(torch.autograd.Function):
         return written[0] if call.results == 1 else tuple(written[: call.results])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         call, needed = ctx.call, ctx.needs_input_grad
         found = call.backward((*ctx.saved_tensors, *gradients))

@@ -17,10 +17,10 @@ import torch
 from slothc.gradients.plan import Plan
 from slothc.gradients.remake import Remaking, remaking
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import rowwise_op
 from .lowrank import _rows, _without_autocast, lora_linear
+from .once import once_differentiable
 from .products import LOW, widens
 from .rowwise import launcher
 from .siblings_program import Stacked, stacked

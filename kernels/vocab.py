@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 import torch
 from slothc.gradients.vocabulary import Chain
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .binding import DTYPE
+from .once import once_differentiable
 from .tracing import traced
 from .vocab_chain import no_autocast
 from .vocab_chunks import Gradients, Operands, Wants, gradients, greatest, losses_and_gradients

@@ -1,4 +1,4 @@
-"""LoRA linear: y = x W' + b + s (drop(x) A') B', a base linear with a low-rank adapter beside it."""
+"""LoRA linear: y = x W' + b + s (drop(x) A') B', a base linear with low-rank adapters beside it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .meaning import View
 from .rule import Match, Miss, Sample, StructuralRule
 
 NAME = "lora_linear"
-MATH = "y = x W' + b + s (xa A') B',  xa = x or dropout(x),  A [r, K], B [N, r], r < min(N, K); rounded once"
+MATH = "y = x W' + b + sum of s ((xa A') B' + c) over adapters,  xa = x or dropout(x),  A [r, K], B [N, r], r < min(N, K); rounded once"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -28,13 +28,15 @@ class _Unlike(Exception):
 
 @dataclass
 class _Branch:
-    """linear(linear(source, a), b) * scale, and the nodes from its value back to ``source``."""
+    """linear(linear(source, a), b, bias) * scale * factor, and the nodes from its value back to ``source``."""
 
     a: fx.Node
     b: fx.Node
     down: fx.Node
     up: fx.Node
     scale: float
+    factor: fx.Node | None
+    bias: fx.Node | None
     source: fx.Node
     inside: list[fx.Node] = field(default_factory=list)
 
@@ -71,22 +73,36 @@ def _peel(view: View, node: Any, passed: list[fx.Node], reshapes: bool = False) 
     return node
 
 
-def _scaled(view: View, node: Any, passed: list[fx.Node]) -> tuple[Any, float]:
-    """node = value * scale: the value behind identities and products with numbers."""
+def _scaled(view: View, node: Any, passed: list[fx.Node], factors: list[fx.Node]) -> tuple[Any, float]:
+    """node = value * scale * factors: the value behind identities and products with numbers; ``factors`` gets those that are known
+    only at run time.
+    """
     scale = 1.0
     while True:
         node = _peel(view, node, passed)
         op = view.op(node) if isinstance(node, fx.Node) else None
         if op is None or op.kind != "pointwise" or op.params.get("fn") not in ("mul", "div", "neg"):
             return node, scale
-        numbers = [a for a in op.args if isinstance(a, (int, float)) and not isinstance(a, bool)]
-        nodes = [a for a in op.args if isinstance(a, fx.Node)]
+        numbers = [a for a in op.args if not _is_tensor(view, a)]
+        nodes = [a for a in op.args if _is_tensor(view, a)]
         fn = op.params["fn"]
         if len(nodes) != 1 or (fn != "neg" and len(numbers) != 1) or (fn == "div" and op.args[0] is not nodes[0]):
             return node, scale
-        scale = -scale if fn == "neg" else scale * numbers[0] if fn == "mul" else scale / numbers[0]
+        if fn != "neg" and isinstance(numbers[0], fx.Node):
+            if fn == "div":
+                return node, scale
+            factors.append(numbers[0])
+        else:
+            scale = -scale if fn == "neg" else scale * numbers[0] if fn == "mul" else scale / numbers[0]
         passed.append(node)
         node = nodes[0]
+
+
+def _is_tensor(view: View, arg: Any) -> bool:
+    try:
+        return isinstance(arg, fx.Node) and isinstance(view.value(arg), torch.Tensor)
+    except KeyError:  # a number known at run time only
+        return False
 
 
 def _is_linear(view: View, node: Any) -> bool:
@@ -96,15 +112,19 @@ def _is_linear(view: View, node: Any) -> bool:
 def _branch(view: View, node: Any) -> _Branch | None:
     """The adapter that ends in ``node``; None where it is not two linears in a row."""
     inside: list[fx.Node] = []
-    up, s1 = _scaled(view, node, inside)
+    factors: list[fx.Node] = []
+    up, s1 = _scaled(view, node, inside, factors)
+    late = len(factors)
     if not _is_linear(view, up):
         return None
-    down, s2 = _scaled(view, view.op(up).args[0], inside)
+    down, s2 = _scaled(view, view.op(up).args[0], inside, factors)
     if not _is_linear(view, down):
         return None
     source, a, _ = _parts(view, down)
-    _, b, _ = _parts(view, up)
-    return _Branch(a, b, down, up, s1 * s2, source, inside + [up, down])
+    _, b, bias = _parts(view, up)
+    if len(factors) > 1 or (bias is not None and (s2 != 1 or late < len(factors))):
+        return None
+    return _Branch(a, b, down, up, s1 * s2, factors[0] if factors else None, bias, source, inside + [up, down])
 
 
 def _parts(view: View, node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None]:
@@ -121,8 +141,8 @@ def _base(view: View, node: Any) -> _Base | None:
     return _Base(linear, x, weight, bias, view.op(linear).params.get("layout", "nk"), inside + [linear])
 
 
-def _sides(view: View, node: fx.Node) -> tuple[_Base, _Branch]:
-    """The two sides of the sum at ``node``."""
+def _sides(view: View, node: fx.Node) -> tuple[_Base, list[_Branch]]:
+    """The base and the adapters of the sum at ``node``."""
     op = view.op(node)
     if op.kind != "pointwise" or op.params.get("fn") != "add" or len(op.args) != 2:
         raise _Unlike
@@ -132,11 +152,13 @@ def _sides(view: View, node: fx.Node) -> tuple[_Base, _Branch]:
             continue
         base = _base(view, one)
         if base is not None and _branch(view, one) is None:
-            return base, branch
+            return base, [branch]
         inner: list[fx.Node] = []
         before = _peel(view, one, inner)
-        if isinstance(before, fx.Node) and isinstance(recognise(view, before), Match):
-            raise _Unlike("a further active adapter on a base that already has one: its own products stay eager")
+        if isinstance(before, fx.Node) and view.op(before).kind == "pointwise":
+            base, branches = _sides(view, before)
+            base.inside += [*inner, before]
+            return base, [*branches, branch]
     raise _Unlike
 
 
@@ -163,8 +185,8 @@ def _guard(view: View, base: _Base, branch: _Branch, out: torch.dtype) -> None:
         raise _Unlike("a weight is not a floating-point matrix")
     if a.shape[0] >= min(weight.shape):
         raise _Unlike(f"rank {a.shape[0]} is not below {min(weight.shape)}: not a low-rank adapter")
-    if any(_parts(view, n)[2] is not None for n in (branch.down, branch.up)):
-        raise _Unlike("the adapter has a bias")
+    if _parts(view, branch.down)[2] is not None:
+        raise _Unlike("the adapter's first product has a bias")
     if out is not view.value(base.linear).dtype:
         raise _Unlike(f"the sum stays {out}, the base linear is {view.value(base.linear).dtype}")
 
@@ -200,21 +222,51 @@ def _match(view: View, node: fx.Node) -> Match | None:
             return None
         inside.append(top)
     try:
-        base, branch = _sides(view, top)
+        base, branches = _sides(view, top)
     except _Unlike as found:
         raise found if top is node else _Unlike() from None  # the sum itself has already been reported
     base_dtype = view.value(base.linear).dtype
     if top is node and out is not base_dtype and _ends_later(view, node, base_dtype):
         return None
-    inside += base.inside + branch.inside
-    xa = _adapter_input(view, base, branch, inside)
-    _guard(view, base, branch, out)
+    inside += base.inside + [n for branch in branches for n in branch.inside]
+    xa, *others = (_adapter_input(view, base, branch, inside) for branch in branches)
+    if any(other is not xa for other in others):
+        raise _Unlike("a further active adapter reads x by a dropout of its own: its products stay eager")
+    for branch in branches:
+        _guard(view, base, branch, out)
     whole = view.value(base.x).shape[:-1] == view.value(node).shape[:-1]
     x = base.x if whole else _peel(view, base.x, [], reshapes=True)
-    wide = torch.promote_types(view.value(branch.down).dtype, view.value(branch.up).dtype)
-    inputs = {"x": x, "xa": xa, "weight": base.weight, "bias": base.bias, "a": branch.a, "b": branch.b, "scale": branch.scale}
-    attrs = {"out_dtype": out, "adapter_dtype": wide, "layout": base.layout}
-    return Match(NAME, node, _leaves(view, node, inside), inputs, attrs)
+    inputs = {"x": x, "xa": xa, "weight": base.weight, "bias": base.bias, **_adapter(branches[0])}
+    attrs = {"out_dtype": out, "adapter_dtype": _widest(view, branches), "layout": base.layout}
+    return Match(NAME, node, _leaves(view, node, inside), inputs | {"more": tuple(map(_adapter, branches[1:]))}, attrs)
+
+
+def _adapter(branch: _Branch) -> dict[str, Any]:
+    """Its value is scale * factor * ((xa A') B' + c); factor and c may be None."""
+    return {"a": branch.a, "b": branch.b, "c": branch.bias, "scale": branch.scale, "factor": branch.factor}
+
+
+def _widest(view: View, branches: list[_Branch]) -> torch.dtype:
+    wide = view.value(branches[0].down).dtype
+    for n in (n for branch in branches for n in (branch.down, branch.up)):
+        wide = torch.promote_types(wide, view.value(n).dtype)
+    return wide
+
+
+def _goes_on(view: View, part: fx.Node) -> bool:
+    """Whether a further adapter is added to the value, in a sum that is a match itself."""
+    node = part
+    while len(users := view.users(node)) == 1:
+        node = users[0]
+        if view.op(node).kind not in ("identity", "cast") and view.op(node).params.get("fn") != "add":
+            return False
+        try:
+            found = _match(view, node)
+        except (_Unlike, KeyError):
+            found = None
+        if found is not None:
+            return part in found.nodes
+    return False
 
 
 def recognise(view: View, node: fx.Node) -> Match | Miss | None:
@@ -222,11 +274,12 @@ def recognise(view: View, node: fx.Node) -> Match | Miss | None:
     if view.op(node).kind not in ("pointwise", "cast"):
         return None
     try:
-        return _match(view, node)
-    except _Unlike as found:
-        return Miss(NAME, node, found.reason) if found.reason else None
+        found: Match | Miss | None = _match(view, node)
+    except _Unlike as unlike:
+        found = Miss(NAME, node, unlike.reason) if unlike.reason else None
     except KeyError:  # a node without an example tensor: a size or a tuple, no matrix
-        return None
+        found = None
+    return None if found is not None and _goes_on(view, node) else found
 
 
 def _lora(x: torch.Tensor, w: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

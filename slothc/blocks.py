@@ -87,7 +87,7 @@ def _stacks(view: GraphView, match: Match) -> bool:
     """A frozen base without bias and a trained adapter that reads what the base reads, all of one dtype that the device multiplies."""
     if match.rule != NAME or match.attrs["layout"] != "nk" or not isinstance(match.inputs["scale"], int | float):
         return False
-    if match.inputs["xa"] is not None or match.inputs["bias"] is not None:
+    if match.inputs["more"] or any(match.inputs[k] is not None for k in ("xa", "bias", "c", "factor")):
         return False
     x, weight, a, b = (match.inputs[k] for k in ("x", "weight", "a", "b"))
     dtypes = {view.value(n).dtype for n in (x, weight, a, b, match.node)} | {match.attrs["adapter_dtype"], match.attrs["out_dtype"]}

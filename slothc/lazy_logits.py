@@ -195,7 +195,7 @@ class _Node(torch.autograd.Function):
         recipe: Recipe = ctx.recipe
         inputs = (recipe.hidden, recipe.weight, recipe.bias)
         wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad) if needed and t is not None]
-        found = iter(torch.autograd.grad(recipe.build(), wanted, upstream))
+        found = iter(torch.autograd.grad(recipe.build(), wanted, upstream, create_graph=torch.is_grad_enabled()))
         return (*(next(found) if needed else None for needed in ctx.needs_input_grad[:3]), None, None)
 
 

@@ -175,7 +175,8 @@ def _match_job(view: GraphView, match: Match) -> _Job | None:
     replacement = next((r for r in bind.calls(match) if r.node is match.node), None)
     if replacement is None:
         return None
-    nodes = _between(match.node, {a for a in replacement.args if isinstance(a, fx.Node)})
+    numbers = {n for n in view.nodes if isinstance(view.example(n), torch.SymFloat)}       # of the model, not to be drawn
+    nodes = _between(match.node, numbers | {a for a in replacement.args if isinstance(a, fx.Node)})
     inputs = list(dict.fromkeys(n for x in sorted(nodes, key=lambda x: x.name) for n in x.all_input_nodes if n not in nodes))
     arguments, kwargs = replacement.args, dict(replacement.kwargs)
 
@@ -188,9 +189,9 @@ def _match_job(view: GraphView, match: Match) -> _Job | None:
     tensors = [n for n in inputs if isinstance(view.example(n), torch.Tensor)]
     text = " ".join(f"{_widths(view, n)}{view.value(n).dtype}{view.needs_grad(n)}" for n in tensors)
     static = {k: v for k, v in match.attrs.items() if isinstance(v, int | float | str | bool | torch.dtype | None)}
-    numbers = [a for a in arguments if not isinstance(a, fx.Node)]
+    plain = [a for a in arguments if not isinstance(a, fx.Node)]
     autocast = torch.is_autocast_enabled(value.device.type) if value.device.type != "meta" else False
-    key = f"{match.rule} {text} {static} {numbers} {len(nodes)} {value.device} {autocast}"
+    key = f"{match.rule} {text} {static} {plain} {len(nodes)} {value.device} {autocast} {view.autocast(match.node)}"
     if missing:
         return None
     return _Job(key, value.device, list(nodes), inputs, (match.node,), ours, match.rule != "attention")

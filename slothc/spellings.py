@@ -14,7 +14,7 @@ from torch._ops import OpOverload, OpOverloadPacket
 
 from slothc.patterns.meaning import Op
 
-from .spellings_call import Call, Decline, Row, example
+from .spellings_call import Call, Decline, Row, example, settled
 from .spellings_effects import written
 from .spellings_matrix import MATRIX
 from .spellings_pointwise import POINTWISE
@@ -90,7 +90,8 @@ def meaning(node: fx.Node, example: Callable[[Any], Any] = example) -> Op:
 
 def _meaning(node: fx.Node, name: str, row: Row, example: Callable[[Any], Any]) -> Op:
     try:
-        bound = row.signature.bind(node.args, {key: item for key, item in node.kwargs.items() if key != "out"})
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: settled(example(n), n))
+        bound = row.signature.bind(args, {key: item for key, item in kwargs.items() if key != "out"})
         if bound.get("inplace"):
             return _mutation(node, name, (bound["x"],))
         return row.make(Call(node, name, bound, example))

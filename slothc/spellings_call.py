@@ -124,6 +124,14 @@ class Row:
         return Row(Signature.parse(text, **defaults), make)
 
 
+def settled(value: Any, otherwise: Any) -> Any:
+    """The number that a symbolic one is known to be (Dynamo guards on it), else ``otherwise``."""
+    if not isinstance(value, torch.SymInt | torch.SymFloat):
+        return otherwise
+    number = value.node.maybe_as_int() if isinstance(value, torch.SymInt) else value.node.maybe_as_float()
+    return otherwise if number is None else number
+
+
 def example(node: Any) -> Any:
     """What Dynamo recorded as the node's value (a fake tensor, a tuple of them, a number), or None."""
     if not isinstance(node, fx.Node):

@@ -42,17 +42,20 @@ class MissingValue(KeyError):
 class GraphView:
     """Answers about one fx.GraphModule as Dynamo hands it over. Never changes it; it must not change while in use.
 
-    ``values``: example values of nodes whose meta has none. ``grad_enabled``: the grad mode at the graph's start.
+    ``values``: example values of nodes whose meta has none. ``grad_enabled``: the grad mode at the graph's start. ``autocast``: the
+    arguments of the ``_enter_autocast`` that the graph starts in, where it is in another graph.
     """
 
     def __init__(
-        self, graph_module: fx.GraphModule, values: Mapping[fx.Node, Any] | None = None, grad_enabled: bool = True
-    ) -> None:
+        self, graph_module: fx.GraphModule, values: Mapping[fx.Node, Any] | None = None, grad_enabled: bool = True,
+        autocast: tuple[Any, ...] | None = None,
+    ) -> None:  # fmt: skip
         self.graph_module = graph_module
         self.nodes: tuple[fx.Node, ...] = tuple(graph_module.graph.nodes)
         self._values: dict[fx.Node, Any] = dict(values or {})
         self._ops: dict[fx.Node, Op] = {}
         self._grad = _grad_spans(self.nodes, grad_enabled)
+        self._autocast = _autocast_spans(self.nodes, autocast)
         self._nested = _nested(self.nodes)
         self._alive: set[fx.Node] | None = None
         self._mutated: set[fx.Node] | None = None
@@ -113,6 +116,10 @@ class GraphView:
         """False between ``_set_grad_enabled(False)`` and the call that turns it on again."""
         return self._grad[node]
 
+    def autocast(self, node: fx.Node) -> tuple[Any, ...] | None:
+        """(device type, dtype, enabled, ...) of the innermost autocast that the graph enters around the node; None: none."""
+        return self._autocast[node]
+
     def needs_grad(self, node: fx.Node) -> bool:
         """Whether autograd records the node's value."""
         found = self.example(node)
@@ -135,7 +142,7 @@ class GraphView:
         if found is None:
             given = [self.example(item) for item in arguments(self.graph_module, node)]
             values = child_values(module, given, example, self.grad_enabled(node))
-            found = self._children[node, module] = GraphView(module, values, self.grad_enabled(node))
+            found = self._children[node, module] = GraphView(module, values, self.grad_enabled(node), self.autocast(node))
         return found
 
     def _bodies(self, node: fx.Node) -> list[fx.GraphModule]:
@@ -201,6 +208,19 @@ def _grad_spans(nodes: tuple[fx.Node, ...], enabled: bool) -> dict[fx.Node, bool
         if node.op == "call_function" and node.target is torch._C._set_grad_enabled:
             enabled = bool(node.args[0])
         found[node] = enabled
+    return found
+
+
+def _autocast_spans(nodes: tuple[fx.Node, ...], outer: tuple[Any, ...] | None) -> dict[fx.Node, tuple[Any, ...] | None]:
+    found: dict[fx.Node, tuple[Any, ...] | None] = {}
+    entered = [outer]
+    for node in nodes:
+        name = target_name(node) if node.op == "call_function" else ""
+        if name == "_enter_autocast":
+            entered.append(node.args)
+        elif name == "_exit_autocast":
+            entered.pop()
+        found[node] = entered[-1]
     return found
 
 

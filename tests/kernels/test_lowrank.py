@@ -180,9 +180,19 @@ def test_only_wanted_gradients(wanted):
 def test_backward_twice_is_refused_clearly():
     x, _, w, bias, a, b, _ = draw(2)
     a = a.requires_grad_()
-    (g,) = torch.autograd.grad(lora_linear(x, None, w, bias, a, b, SCALE).square().sum(), a, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        g.sum().backward()
+    for loss in (lora_linear(x, None, w, bias, a, b, SCALE).square().sum(), lora_linear(x, None, w, None, a, b, SCALE).sum()):
+        with pytest.raises(RuntimeError, match="differentiated once"):
+            torch.autograd.grad(loss, a, create_graph=True)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_the_result_can_be_written_into(with_bias):
+    x, _, w, bias, a, b, _ = draw(2)
+    y = lora_linear(x, None, w, bias if with_bias else None, a.requires_grad_(), b, SCALE)
+    expected = y.detach() + 1
+    y += 1
+    assert torch.equal(y, expected)
+    y.sum().backward()
 
 
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])

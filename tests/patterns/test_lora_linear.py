@@ -147,7 +147,7 @@ def outside(x, w, bias, a, b):
 
 
 def adapter_bias(x, w, bias, a, b):
-    return F.linear(x, w) + F.linear(F.linear(x, a), b, bias) * 2.0
+    return F.linear(x, w) + F.linear(F.linear(x, a, bias[:R]), b) * 2.0
 
 
 def wide_sum(x, w, bias, a, b):
@@ -160,7 +160,7 @@ def full_rank(x, w, bias, a, b):
 
 MISSES = {
     "read outside": (outside, None, None, "read outside"),
-    "adapter bias": (adapter_bias, None, None, "adapter has a bias"),
+    "first bias": (adapter_bias, None, None, "first product has a bias"),
     "fp32 sum": (wide_sum, torch.bfloat16, torch.float32, "the sum stays torch.float32"),
     "full rank": (full_rank, None, None, "not below"),
 }
@@ -186,13 +186,65 @@ def test_what_is_no_adapter_is_not_mentioned():
         assert not matches and not misses
 
 
-def test_second_active_adapter_is_left_to_eager():
+def two(x, w, bias, a, b):
+    y = F.linear(x, w) + F.linear(F.linear(x, a), b) * 2.0
+    return y + F.linear(F.linear(x, a * 2), b * 0.5) * 3.0
+
+
+def three_wide(x, w, bias, a, b):
+    wide = x.to(a.dtype)
+    y = F.linear(x, w, bias) + F.linear(F.linear(wide, a), b) * 0.0
+    y = y + F.linear(F.linear(wide, a * 2), b, torch.ones_like(b[:, 0])) * 3.0
+    return (y + F.linear(F.linear(wide, a.cos()), b.sin()) * 0.5).to(x.dtype)
+
+
+def own_bias(x, w, bias, a, b):
+    return F.linear(x, w) + F.linear(F.linear(x, a), b, bias) * 2.0
+
+
+@pytest.mark.parametrize("function, dtype, adapter", [
+    (two, torch.float32, None), (two, torch.bfloat16, None), (three_wide, torch.bfloat16, torch.float32), (own_bias, torch.float32, None),
+], ids=["two", "two bf16", "three fp32", "own bias"])  # fmt: skip
+def test_several_adapters_and_their_biases_are_one_call(function, dtype, adapter):
+    args = operands(dtype, adapter)
+    matches, misses, module = found(function, *args)
+    assert len(matches) == 1 and not misses
+    expected = function(*args)
+    order = [next(a for a in args if a.shape == n.meta["example_value"].shape and a.dtype == n.meta["example_value"].dtype)
+             for n in module.graph.nodes if n.op == "placeholder"]  # fmt: skip
+    result = splice(module, matches[0])(*order)[0]
+    tight = 4e-6 if dtype is torch.float32 else 3e-2
+    torch.testing.assert_close(result, expected, atol=tight, rtol=tight)
+    grads, wanted = (torch.autograd.grad(y.float().square().sum(), order, allow_unused=True) for y in (result, expected))
+    for got, want in zip(grads, wanted):
+        assert (got.double() - want.double()).norm() <= 10 * tight * want.double().norm()
+
+
+def test_adapters_with_dropouts_of_their_own_are_not_one():
     def function(x, w, bias, a, b):
-        y = F.linear(x, w) + F.linear(F.linear(x, a), b) * 2.0
-        return y + F.linear(F.linear(x, a * 2), b) * 3.0
+        y = F.linear(x, w) + F.linear(F.linear(F.dropout(x, 0.3), a), b) * 2.0
+        return y + F.linear(F.linear(F.dropout(x, 0.3), a * 2), b) * 3.0
 
     matches, misses, _ = found(function, *operands())
-    assert len(matches) == 1 and len(misses) == 1 and "further active adapter" in misses[0].reason
+    assert len(matches) == 1 and ["a dropout of its own" in m.reason for m in misses] == [True]
+
+
+def test_a_scale_known_at_run_time():
+    def function(x, w, bias, a, b, scale):
+        return F.linear(x, w) + F.linear(F.linear(x, a), b) * scale
+
+    args = operands()
+    torch._dynamo.reset()
+    graphs = []
+    compiled = torch.compile(function, backend=lambda m, _: graphs.append(m) or m.forward, fullgraph=True, dynamic=True)
+    compiled(*args, 1.5)
+    view = GraphView(graphs[0])
+    matches = [m for m in (RULE.recognise(view, n) for n in view.nodes) if isinstance(m, Match)]
+    assert len(matches) == 1 and matches[0].inputs["factor"] is not None
+    torch._dynamo.reset()
+    ours = torch.compile(function, backend="sloth", dynamic=True)
+    for scale in (1.5, -0.25, 0.0):
+        torch.testing.assert_close(ours(*args, scale), function(*args, scale), atol=4e-6, rtol=4e-6)
 
 
 @pytest.mark.parametrize("adapter_fp32", [False, True])
@@ -228,8 +280,9 @@ def test_samples_are_found(sample):
 
 def test_a_reason_is_given_once():
     def function(x, w, bias, a, b):
+        wide = F.dropout(x.to(torch.float32), 0.3)
         y = F.linear(x, w) + F.linear(F.linear(x, a), b) * 2.0
-        return (y + F.linear(F.linear(x.to(torch.float32), a.float()), b.float()) * 3.0).to(x.dtype)
+        return (y + F.linear(F.linear(wide, a.float()), b.float()) * 3.0).to(x.dtype)
 
     matches, misses, _ = found(function, *operands(torch.bfloat16))
     assert len(matches) == 1 and len(misses) == 1

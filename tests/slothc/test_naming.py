@@ -32,6 +32,9 @@ NAMED: dict[str, tuple[Callable[..., Any], tuple[tuple[int, ...], ...], str]] = 
         lambda x, w: w * (x - x.mean(-1, True)) * (x.pow(2).mean(-1, True) - x.mean(-1, True) ** 2 + 1e-5).rsqrt(), (X, W), "layer_norm",
     ),
     "relu squared, gated": (lambda g, u: F.relu(g).square() * u, (X, X), "gated_mlp"),
+    "gated, over sums of projections and adapters": (
+        lambda g, u, a, b: F.silu(g + 2.0 * a) * (u + 0.5 * b), (X, X, X, X), "gated_mlp",
+    ),
     "quick gelu": (lambda g, u: u * (g * torch.sigmoid(1.702 * g)), (X, X), "gated_mlp"),
     "exact gelu": (lambda g, u: u * (0.5 * g * (1 + torch.erf(g / 2**0.5))), (X, X), "gated_mlp"),
     "rope, other sense": (
@@ -86,3 +89,7 @@ def test_things_in_one_region_are_counted_one_by_one() -> None:
 def test_unnamed_regions_are_reported_with_their_plan() -> None:
     (region,) = found_in(lambda x: torch.tanh(x) * 2.0 + x, [torch.randn(X)]).regions
     assert region.rule == f"rowwise#{region.plan.key}"
+
+
+def test_factors_of_one_value_are_no_gate_and_row() -> None:
+    assert named(lambda x, r: 0.5 * (x + r) * (1 + torch.tanh(0.8 * ((x + r) + 0.04 * (x + r) ** 3))), X, X)["gated_mlp"] == 0

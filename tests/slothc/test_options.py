@@ -32,10 +32,7 @@ def run(options: dict[str, Any] | None, lora: bool = True) -> tuple[dict[str, in
     return dict(tm.counted(graphs)), tm.distance(ours, tm.step(owner, **inputs))
 
 
-GROWN = pytest.mark.xfail(reason="adapters that grow into the gated activation hide its name", strict=True)
-
-
-@pytest.mark.parametrize("name", [pytest.param(n, marks=GROWN) if n == "lora_linear" else n for n in catalogue.names()])
+@pytest.mark.parametrize("name", catalogue.names())
 def test_a_disabled_rule_is_not_used(name: str) -> None:
     everything, _ = run(None)
     found, distance = run({"disable": [name]})

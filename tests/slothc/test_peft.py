@@ -1,0 +1,69 @@
+"""PEFT in all its forms: loss and every gradient under the contract, and the adapted linears a reader of the model would count.
+
+A covering design over (architecture, form) in fp32 and bf16: every form on several architectures, every architecture with several forms.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tiny_models as tm
+import torch
+import whole
+from peft.tuners.lora import LoraLayer
+from peft_forms import LORA, OTHER
+from torch import nn
+
+ARCHITECTURES = (
+    "llama", "gemma2", "qwen3", "phi3", "glm4", "cohere2", "olmo2", "gpt2", "gpt_oss", "stablelm", "gptj", "starcoder2", "granite",
+    "gpt_neox", "opt", "bloom", "phi", "mistral", "falcon", "qwen2", "smollm3", "gemma3_text", "mixtral", "deepseek_v3", "nanochat", "mpt",
+)  # fmt: skip
+
+
+def design() -> list[tuple[str, str]]:
+    lora, other = list(LORA), list(OTHER)
+    pairs = []
+    for k, name in enumerate(ARCHITECTURES):
+        pairs += [(name, lora[k % len(lora)]), (name, lora[(k + 7) % len(lora)])]
+        pairs += [(name, other[k // 2 % len(other)])] if k % 2 == 0 else []
+    return pairs
+
+
+def adapted_calls(owner: nn.Module) -> list[nn.Module]:
+    """Filled, as the model runs, with the adapted linears that it calls."""
+    calls: list[nn.Module] = []
+    for m in owner.modules():
+        if isinstance(m, LoraLayer) and not isinstance(m.get_base_layer(), nn.Embedding):
+            m.register_forward_hook(lambda module, *rest: calls.append(module))
+    return calls
+
+
+def graphs_of_nothing(owner: nn.Module) -> int:
+    """How many graphs Dynamo makes for a backend that does nothing."""
+    graphs: list[Any] = []
+
+    def nothing(module: Any, inputs: Any) -> Any:
+        graphs.append(module)
+        return module.forward
+
+    torch._dynamo.reset()
+    torch.compile(owner, backend=nothing)(**tm.batch())
+    return len(graphs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name, form", design())
+def test_a_step_with_adapters(name: str, form: str, dtype: torch.dtype) -> None:
+    owner = {**LORA, **OTHER}[form](whole.model(name, dtype))
+    made = graphs_of_nothing(owner) if form == "dora" or form in OTHER else 0
+    torch._dynamo.reset()
+    graphs = whole.contract(owner, torch.compile(owner, backend="sloth"), dtype)
+
+    if made:
+        assert len(graphs) <= made
+        return
+    calls = adapted_calls(owner)
+    owner(**tm.batch())
+    missed = [m.reason for g in graphs for r in g.all() for m in r.found.misses if m.rule == "lora_linear"]
+    assert tm.counted(graphs)["lora_linear"] == len(calls) > 0 and missed == []
