@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from .check import SLACK, TINY
 from .errors import RegionDropped
 from .explain import explain
-from .tiny import tiny_config
+from .tiny import causal_class, tiny_config
 
 DRAWS, BATCH, LENGTH = 5, 2, 16
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -95,11 +95,9 @@ def build(name: str, peft: str | None, dtype: torch.dtype) -> nn.Module:
 
     ``peft="lora"``: adapters on all linears whose ``lora_B`` is no longer zero.
     """
-    from transformers import AutoModelForCausalLM
-
     config = tiny_config(name)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+    model = causal_class(name)._from_config(config, dtype=dtype).train()
     with torch.no_grad():
         for p in model.parameters():
             if p.dim() <= 1 and p.numel() > 1 and p.is_floating_point():
@@ -123,12 +121,18 @@ def _with_lora(model: nn.Module) -> Any:
 
 
 def inputs(model: Any, seed: int) -> dict[str, Any]:
-    """Keyword arguments of one step: ``input_ids`` and ``labels`` [2, 16], a quarter of the labels ignored; an image where one is read."""
+    """Keyword arguments of one step: ``input_ids`` and ``labels`` [2, 16], a quarter of the labels ignored; an image where one is read.
+
+    A model with several heads reads a sequence for each and stacks their labels in a last dimension.
+    """
     made = torch.Generator().manual_seed(seed)
     vocabulary = getattr(model.config.get_text_config(), "vocab_size", None) or 200
-    ids = torch.randint(5, min(200, vocabulary), (BATCH, LENGTH), generator=made)
+    heads = len(getattr(model, "lm_heads", [None]))
+    ids = torch.randint(5, min(200, vocabulary), (BATCH * heads, LENGTH), generator=made)
     labels = ids.clone()
     labels[:, : LENGTH // 4] = -100
+    if heads > 1:
+        labels = labels.view(BATCH, heads, LENGTH).transpose(1, 2).contiguous()
     given: dict[str, Any] = {"input_ids": ids, "labels": labels}
     if model.config.model_type == "git":
         size = model.config.vision_config.image_size
