@@ -12,7 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from slothc import cli_coverage, survey, survey_child
+from slothc import cli_coverage, survey, survey_child, survey_judge
 from slothc.cli_app import group
 from slothc.survey_page import MEANINGS, page
 
@@ -139,13 +139,13 @@ def _values(loss: float, weight: float) -> dict[str, torch.Tensor]:
 
 def test_the_contract() -> None:
     true, eager = [_values(2.0, 1.0)] * 2, [_values(2.0, 1.001)] * 2
-    assert survey_child.judge(true, eager, [_values(2.0, 1.00109)] * 2, torch.float32)["holds"]
-    wrong = survey_child.judge(true, eager, [_values(2.0, 1.0012)] * 2, torch.float32)
+    assert survey_judge.judge(true, eager, [_values(2.0, 1.00109)] * 2, torch.float32)["holds"]
+    wrong = survey_judge.judge(true, eager, [_values(2.0, 1.0012)] * 2, torch.float32)
     assert (wrong["status"], wrong["holds"]) == ("off", False) and wrong["share"] > 1
     assert "gradients:" in wrong["reason"] and "w:" not in wrong["reason"]
-    assert survey_child.judge(true, eager, [_values(2.01, 1.001)] * 2, torch.float32)["reason"].startswith("loss:")
-    assert survey_child.judge(true, eager, [_values(2.0, float("nan"))] * 2, torch.float32)["status"] == "off"
-    lost = survey_child.judge(true, eager, [{"loss": torch.tensor(2.0)}] * 2, torch.float32)
+    assert survey_judge.judge(true, eager, [_values(2.01, 1.001)] * 2, torch.float32)["reason"].startswith("loss:")
+    assert survey_judge.judge(true, eager, [_values(2.0, float("nan"))] * 2, torch.float32)["status"] == "off"
+    lost = survey_judge.judge(true, eager, [{"loss": torch.tensor(2.0)}] * 2, torch.float32)
     assert lost["status"] == "off" and "w" in lost["reason"]
 
 
