@@ -123,7 +123,7 @@ def _as_loaded(model: Any, dtype: torch.dtype) -> Any:
     stay = {*(model._keep_in_fp32_modules or ())} if dtype == torch.float16 else set()
     stay |= {*(model._keep_in_fp32_modules_strict or ())}
     for name, p in model.named_parameters():
-        if p.is_floating_point() and stay.isdisjoint(name.split(".")):
+        if p.is_floating_point() and not any(f".{part}." in f".{name}." for part in stay):
             p.data = p.data.to(dtype)
     return model
 
