@@ -8,7 +8,7 @@ from slothc.survey_child import measure
 
 KINDS = (
     "gpt2", "bloom", "gptj", "phi", "cohere", "gemma2", "gemma3n_text", "glm4", "starcoder2", "musicgen",    # norms, RoPEs, MLPs, biases
-    "mixtral", "gpt_oss", "longcat_flash", "deepseek_v3",                                                # experts and their routers
+    "mixtral", "gpt_oss", "deepseek_v3",                                                # experts and their routers
     "mamba2", "rwkv", "recurrent_gemma", "qwen3_next", "lfm2", "xlstm",                                  # scans
 )  # fmt: skip
 
