@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from .tiny_types import EXTRA
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig
 
 WIDTH, LAYERS, HEADS, KV_HEADS, HEAD, INNER, VOCAB, EXPERTS = 64, 2, 4, 2, 16, 128, 256, 4
 
@@ -98,8 +98,8 @@ def config_names() -> list[str]:
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
-def causal_class(name: str) -> type[PreTrainedModel]:
-    """The causal language model's class for a model type. Raises ``ValueError`` with the known names for any other."""
+def causal_class(name: str) -> Any:
+    """The causal language model's class, a ``PreTrainedModel``, for a model type. Raises ``ValueError`` with the known names for any other."""
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
     if name not in config_names():
