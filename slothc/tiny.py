@@ -99,7 +99,8 @@ def config_names() -> list[str]:
 
 
 def causal_class(name: str) -> Any:
-    """The causal language model's class, a ``PreTrainedModel``, for a model type. Raises ``ValueError`` with the known names for any other."""
+    """The causal language model's class, a ``PreTrainedModel``, for a model type. Raises ``ValueError`` with the known names for any
+    other."""
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
     if name not in config_names():
