@@ -12,7 +12,7 @@ export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint bench-cpu clean
+.PHONY: help venv demo test zoo lint bench-cpu clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,6 +34,9 @@ demo: $(READY) ## fine-tune SmolLM2-135M with LoRA, eager and sloth side by side
 
 test: $(READY) ## run every test on two processes
 	$(PY) -m pytest -n 2 $(ARGS)
+
+zoo: $(READY) ## every causal LM of transformers: contract in fp32 and bf16, graphs (under an hour on two cores)
+	$(PY) -m pytest tests/zoo -n 2 $(ARGS)
 
 lint: $(READY) ## ruff and mypy
 	$(PY) -m ruff check .

@@ -7,7 +7,10 @@ transformers.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
+
+from .tiny_types import EXTRA
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -19,49 +22,54 @@ _NAMES: tuple[tuple[int | float, str], ...] = (
     (WIDTH, """
         hidden_size n_embd d_model embedding_size embedding_dim hidden_dim dim_model decoder_hidden_size
         lru_width input_embedding_size output_embedding_size word_embed_proj_dim hidden_size_global
-        encoder_hidden_size
+        encoder_hidden_size emb_dim attention_hidden_size out_hidden_size input_size
     """),
     (LAYERS, """
         num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_blocks
         num_global_layers num_encoder_layers num_decoder_layers num_encoder_hidden_layers
-        num_hidden_layers_decoder depth
+        num_hidden_layers_decoder num_layers_per_stack depth
     """),
     (HEADS, """
         num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads
         attention_heads swa_num_attention_heads linear_num_value_heads linear_num_key_heads mamba_n_heads
-        mamba_num_heads index_n_heads time_step_rank mamba_dt_rank
+        mamba_num_heads index_n_heads time_step_rank mamba_dt_rank linear_num_heads n_attention_heads
+        num_encoder_attention_heads num_decoder_attention_heads
     """),
     (KV_HEADS, """
         num_key_value_heads num_kv_heads swa_num_key_value_heads num_query_groups num_experts_per_tok
-        moe_topk moe_k num_experts_per_token top_k_experts
+        moe_topk moe_k num_experts_per_token top_k_experts zero_expert_num
     """),
     (HEAD, """
         head_dim d_kv kv_channels attention_head_dim swa_head_dim d_head v_head_dim qk_nope_head_dim
         linear_head_dim attention_head_size linear_key_head_dim linear_value_head_dim index_head_dim
         global_head_dim mamba_d_state state_size ssm_state_size chunk_size mamba_chunk_size block_size
-        index_topk hidden_size_per_layer_input laurel_rank
+        index_topk hidden_size_per_layer_input laurel_rank dim_head pronunciation_embed_dim shape_embed_dim
+        adapter_rank adapter_in_dim ple_embed_dim
     """),
     (8, """
         qk_rope_head_dim rotary_dim sliding_window sliding_window_size window_size attention_window_size
-        attention_chunk_size local_attention_window_len
+        attention_chunk_size local_attention_window_len keep_window_size
     """),
     (24, """
         qk_head_dim
     """),
     (32, """
-        kv_lora_rank q_lora_rank o_lora_rank mamba_d_head mamba_head_dim mamba_headdim
+        kv_lora_rank q_lora_rank o_lora_rank mamba_d_head mamba_head_dim mamba_headdim router_hidden_size
+        hc_lowrank
     """),
     (INNER, """
         intermediate_size n_inner ffn_dim decoder_ffn_dim encoder_ffn_dim ffn_hidden_size dim_ff dff d_inner
         mlp_dim shared_expert_intermediate_size intermediate_size_mlp dense_intermediate_size
         feed_forward_size max_position_embeddings n_positions n_ctx max_seq_len max_source_positions
-        max_target_positions context_length
+        max_target_positions context_length model_max_length shared_experts_intermediate_size
+        moe_shared_expert_intermediate_size
     """),
     (64, """
         moe_intermediate_size expert_ffn_hidden_size shared_intermediate_size mamba_d_ssm
     """),
     (VOCAB, """
-        vocab_size decoder_vocab_size vocab_size_per_layer_input
+        vocab_size decoder_vocab_size vocab_size_per_layer_input unpadded_vocab_size shape_vocab_size
+        pronunciation_vocab_size encoder_hash_byte_group_vocab
     """),
     (EXPERTS, """
         num_experts n_routed_experts num_local_experts moe_num_experts
@@ -73,30 +81,14 @@ _NAMES: tuple[tuple[int | float, str], ...] = (
         attention_dropout hidden_dropout dropout resid_pdrop embd_pdrop attn_pdrop activation_dropout
         embedding_dropout attention_probs_dropout_prob hidden_dropout_prob attn_dropout resid_dropout
         residual_dropout ffn_dropout classifier_dropout layerdrop decoder_layerdrop encoder_layerdrop
-        embed_dropout emb_pdrop summary_first_dropout
+        embed_dropout emb_pdrop summary_first_dropout attention_dropout_prob dropout_p feat_proj_dropout
+        router_jitter_noise input_jitter_noise jitter_noise local_attention_probs_dropout_prob
+        lsh_attention_probs_dropout_prob
     """),
 )
 _SIZES = {name: value for value, names in _NAMES for name in names.split()}
-_KINDS = ("layer_types", "mlp_layer_types", "indexer_types")
+_KINDS = ("layer_types", "mlp_layer_types", "indexer_types", "layers_block_type")
 _NEVER = {"id2label", "label2id", "quantization_config", "transformers_version", "architectures", "dtype"}
-
-# what sizes by name cannot know, per model type
-_EXTRA: dict[str, dict[str, Any]] = {
-    "falcon_h1": {"mamba_d_head": HEAD},
-    "deepseek_v2": {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "n_shared_experts": 1},
-    "dots1": {"n_routed_experts": EXPERTS,
-              "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "n_shared_experts": 1},
-    "hunyuan_v1_moe": {"num_experts": EXPERTS, "moe_topk": 2},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
-    "zaya": {"num_experts_per_tok": 1},
-    "mamba2": {"head_dim": 32},
-    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "attention_layers": ["global", "local"]},
-    "gemma3n_text": {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2,
-                     "num_kv_shared_layers": 2, "intermediate_size": [INNER] * 4,
-                     "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0]},
-    "gemma4_text": {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2,
-                    "num_kv_shared_layers": 2, "num_key_value_heads": 1, "global_head_dim": 32},
-}
 
 
 def config_names() -> list[str]:
@@ -106,13 +98,24 @@ def config_names() -> list[str]:
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
-def tiny_config(name: str) -> PreTrainedConfig:
-    """The small config of a model type such as ``qwen3``. Raises ``ValueError`` with the known names for any other."""
-    from transformers import AutoConfig
+def causal_class(name: str) -> Any:
+    """The causal language model's class, a ``PreTrainedModel``, for a model type. Raises ``ValueError`` with the known names for any
+    other."""
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
     if name not in config_names():
         raise ValueError(f"unknown model type {name!r}; known: {', '.join(config_names())}")
-    return shrink(AutoConfig.for_model(name))
+    return MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[name]]
+
+
+def tiny_config(name: str) -> PreTrainedConfig:
+    """The small config of a model type such as ``qwen3``, of the class that ``causal_class(name)`` is built from: a decoder's own where
+    the type is of several models. Raises ``ValueError`` with the known names for any other."""
+    from transformers import AutoConfig
+
+    wanted, config = causal_class(name).config_class, AutoConfig.for_model(name)
+    parts = [getattr(config, part) for part in config.sub_configs if type(getattr(config, part)) is wanted]
+    return shrink(config if isinstance(config, wanted) or not parts else parts[0])
 
 
 def shrink(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -121,12 +124,19 @@ def shrink(config: PreTrainedConfig) -> PreTrainedConfig:
     for name in getattr(config, "sub_configs", {}):
         if getattr(config, name, None) is not None:
             values[name] = shrink(getattr(config, name)).to_dict()
-    small = {name: _SIZES[name] for name, value in values.items() if name in _SIZES and _is_size(value)}
+    chosen = {f.name for f in dataclasses.fields(config)} & values.keys() & _SIZES.keys()     # the others are the class's own
+    small = {name: _SIZES[name] for name in chosen if _is_size(values[name])}
     small |= _heads(values, small) | _layers(values) | _tokens(values, small) | {"use_cache": False}
     if "rope_parameters" in values:
         small["rope_parameters"] = _rope(values["rope_parameters"])
-    small |= _EXTRA.get(getattr(config, "model_type", ""), {})
-    return type(config).from_dict({**values, **small})
+    small |= EXTRA.get(getattr(config, "model_type", ""), {})
+    return type(config).from_dict({**_own(config, values), **small})
+
+
+def _own(config: PreTrainedConfig, values: dict[str, Any]) -> dict[str, Any]:
+    """The values that are not the class's defaults: what the class derives from its sizes, it derives from the small ones."""
+    defaults = type(config)().to_dict()
+    return {k: v for k, v in values.items() if k not in defaults or v != defaults[k]}
 
 
 def _is_size(value: Any) -> bool:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from slothc import cli_coverage, survey, survey_child
+from slothc import cli_coverage, survey, survey_child, survey_judge
 from slothc.cli_app import group
 from slothc.survey_page import MEANINGS, page
 
@@ -140,7 +140,7 @@ def test_an_exception_under_sloth_is_a_crash(monkeypatch: pytest.MonkeyPatch) ->
     ours = survey_child.step
     monkeypatch.setattr(survey_child, "step", step)
     row = survey_child.measure("llama", None, "fp32")
-    assert (row["status"], row["reason"]) == ("crash", "RuntimeError: no luck")
+    assert (row["status"], row["reason"]) == ("crash", "RuntimeError: no luck at all")
 
 
 def test_a_failure_is_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,13 +158,13 @@ def _values(loss: float, weight: float) -> dict[str, torch.Tensor]:
 
 def test_the_contract() -> None:
     true, eager = [_values(2.0, 1.0)] * 2, [_values(2.0, 1.001)] * 2
-    assert survey_child.judge(true, eager, [_values(2.0, 1.00109)] * 2, torch.float32)["holds"]
-    wrong = survey_child.judge(true, eager, [_values(2.0, 1.0012)] * 2, torch.float32)
+    assert survey_judge.judge(true, eager, [_values(2.0, 1.00109)] * 2, torch.float32)["holds"]
+    wrong = survey_judge.judge(true, eager, [_values(2.0, 1.0012)] * 2, torch.float32)
     assert (wrong["status"], wrong["holds"]) == ("off", False) and wrong["share"] > 1
     assert "gradients:" in wrong["reason"] and "w:" not in wrong["reason"]
-    assert survey_child.judge(true, eager, [_values(2.01, 1.001)] * 2, torch.float32)["reason"].startswith("loss:")
-    assert survey_child.judge(true, eager, [_values(2.0, float("nan"))] * 2, torch.float32)["status"] == "off"
-    lost = survey_child.judge(true, eager, [{"loss": torch.tensor(2.0)}] * 2, torch.float32)
+    assert survey_judge.judge(true, eager, [_values(2.01, 1.001)] * 2, torch.float32)["reason"].startswith("loss:")
+    assert survey_judge.judge(true, eager, [_values(2.0, float("nan"))] * 2, torch.float32)["status"] == "off"
+    lost = survey_judge.judge(true, eager, [{"loss": torch.tensor(2.0)}] * 2, torch.float32)
     assert lost["status"] == "off" and "w" in lost["reason"]
 
 
@@ -202,6 +202,25 @@ def test_resume_measures_only_what_is_missing(monkeypatch: pytest.MonkeyPatch, t
         assert invoke(*arguments, "--json", file).exit_code == 0
     assert asked == [["llama"], ["gpt2"], ["gpt2", "llama"], ["gpt2"]]
     assert invoke("llama", "--resume").exit_code == 2
+
+
+def test_no_gradient_is_a_zero_one() -> None:
+    loss, zero = {"loss": torch.tensor(2.0)}, {"loss": torch.tensor(2.0), "w": torch.zeros(2)}
+    ran = [_values(2.0, 1.0), zero]
+    assert survey_judge.judge([_values(2.0, 1.0), loss], ran, ran, torch.float32)["holds"]
+    wrong = [_values(2.0, 1.0), _values(2.0, 1e-3)]
+    assert not survey_judge.judge([_values(2.0, 1.0), loss], ran, wrong, torch.float32)["holds"]
+
+
+def test_more_draws_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    def off_over_five(true: list[Any], eager: list[Any], ours: list[Any], dtype: torch.dtype) -> dict[str, Any]:
+        judged.append((len(true), len(eager), len(ours)))
+        return {"status": "off", "reason": "", "errors": {}} if len(true) == 5 else survey_judge.judge(true, eager, ours, dtype)
+
+    judged: list[tuple[int, ...]] = []
+    monkeypatch.setattr(survey_child, "judge", off_over_five)
+    row = survey_child.measure("llama", None, "fp32", report=False)
+    assert (row["status"], row["draws"], judged) == ("ok", 25, [(5, 5, 5), (25, 25, 25)])
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
