@@ -1,0 +1,156 @@
+"""What a reader of a model's source would count, taken from what Dynamo noted about each node: module classes and function names.
+
+It knows nothing of formulas. A call of a module whose class is called ``*Norm*`` is a norm; what a function called ``apply_rotary*``
+gives back are rotated tensors; a product of an activation and another value in a module called ``*MLP*`` or ``*Experts*`` is a
+gated activation; a call of ``cross_entropy`` or ``nll_loss`` is a loss.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from slothc.found import Region
+from slothc.rewrite import Rewritten
+from slothc.view import GraphView
+
+RULES = {"norm": {"rms_norm", "layer_norm"}, "rotated": {"rope"}, "gated": {"gated_mlp"}, "loss": {"cross_entropy"}}
+NORM, MLP = re.compile("Norm"), re.compile("MLP|Mlp|Experts|FeedForward|FFN")
+ROTARY = re.compile(r"in apply_\w*(?:rotary|rope)\w*")
+BENT = {"silu", "relu", "gelu", "gelu_tanh", "sigmoid", "tanh", "erf", "mish", "hardswish", "softplus", "elu", "leaky_relu", "logsigmoid"}
+ALONG = {"pointwise", "identity", "cast"}
+
+
+@dataclass(frozen=True)
+class Expected:
+    """One thing that a reader would count: ``kind`` is a key of ``RULES``, ``nodes`` are all that belong to it."""
+
+    kind: str
+    name: str
+    location: str
+    nodes: frozenset[fx.Node]
+
+
+def expected(view: GraphView) -> list[Expected]:
+    """Everything that a reader would count in one graph."""
+    return [*_norms(view), *_rotated(view), *_gated(view), *_losses(view)]
+
+
+def missed(graphs: Iterable[Rewritten]) -> tuple[list[Expected], list[tuple[Expected, str]]]:
+    """(all that is expected, what of it has no rule's name, each with the reason)."""
+    every: list[Expected] = []
+    lacking: list[tuple[Expected, str]] = []
+    for r in graphs:
+        found = list(_named(r))
+        for item in expected(r.found.view):
+            every.append(item)
+            part = next((p for p in found if p[0] in RULES[item.kind] and p[1] & item.nodes), None)
+            if part is None:
+                lacking.append((item, _reason(r, item)))
+            elif item.kind != "rotated" or not part[2]:
+                found.remove(part)
+    return every, lacking
+
+
+def _named(r: Rewritten) -> Iterator[tuple[str, frozenset[fx.Node], bool]]:
+    for item in r.used:
+        if isinstance(item, Region):
+            yield from ((p.rule, p.nodes, False) for p in item.parts)
+        else:
+            yield item.rule, frozenset(item.nodes), False
+
+
+def _reason(r: Rewritten, item: Expected) -> str:
+    said = [m.reason for m in (*r.found.misses, *r.dropped) if m.node in item.nodes]
+    return said[0] if said else ""
+
+
+def _modules(node: fx.Node) -> list[tuple[str, str]]:
+    """(key of the call, class name) of the modules whose forward the node was recorded in, outermost first."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return [(key, getattr(kind, "__name__", str(kind))) for key, (_, kind) in stack.items()]
+
+
+def _grouped(view: GraphView, pattern: re.Pattern[str]) -> dict[tuple[str, str], list[fx.Node]]:
+    """The living nodes of each call of a module whose class name fits, by the innermost such module."""
+    groups: dict[tuple[str, str], list[fx.Node]] = {}
+    for node in view.nodes:
+        if node.op.startswith("call") and view.alive(node):
+            inner = next((m for m in reversed(_modules(node)) if pattern.search(m[1])), None)
+            if inner is not None:
+                groups.setdefault(inner, []).append(node)
+    return groups
+
+
+def _norms(view: GraphView) -> Iterator[Expected]:
+    for (_, name), nodes in _grouped(view, NORM).items():
+        if any(view.op(n).kind in ("norm", "reduce") for n in nodes) or any("norm" in str(n.target) for n in nodes):
+            yield Expected("norm", name, view.location(nodes[-1]), frozenset(nodes))
+
+
+def _rotated(view: GraphView) -> Iterator[Expected]:
+    groups: dict[tuple[str, str], set[fx.Node]] = {}
+    for node in view.nodes:
+        called = ROTARY.search(node.meta.get("stack_trace") or "")
+        if called and node.op.startswith("call") and view.alive(node):
+            inner = (_modules(node) or [("", "")])[-1]
+            groups.setdefault((inner[0], called.group()), set()).add(node)
+    for (_, name), nodes in groups.items():
+        for out in (n for n in view.nodes if n in nodes and any(u not in nodes for u in view.users(n))):
+            value = view.example(out)
+            if isinstance(value, torch.Tensor) and value.is_floating_point():
+                yield Expected("rotated", name, view.location(out), frozenset(_within(out, nodes)))
+
+
+def _within(out: fx.Node, nodes: set[fx.Node]) -> set[fx.Node]:
+    found, waiting = {out}, [out]
+    while waiting:
+        for n in waiting.pop().all_input_nodes:
+            if n in nodes and n not in found:
+                found.add(n)
+                waiting.append(n)
+    return found
+
+
+def _gated(view: GraphView) -> Iterator[Expected]:
+    for (_, name), nodes in _grouped(view, MLP).items():
+        inside = set(nodes)
+        for node in nodes:
+            op = view.op(node)
+            if op.kind == "pointwise" and op.params["fn"] == "mul" and _gates(view, node, inside):
+                yield Expected("gated", name, view.location(node), frozenset({node}))
+
+
+def _gates(view: GraphView, node: fx.Node, inside: set[fx.Node]) -> bool:
+    """Whether the product's two sides come from different values, one of them through an activation."""
+    sides = [_sources(view, a, inside) for a in view.op(node).args]
+    (first, bent), (second, curved) = sides
+    return bool(first) and bool(second) and not first & second and (bent or curved)
+
+
+def _sources(view: GraphView, arg: object, inside: set[fx.Node]) -> tuple[set[fx.Node], bool]:
+    """The values that ``arg`` is made of one by one, none of them a parameter, and whether it goes through an activation."""
+    found: set[fx.Node] = set()
+    bent, waiting, seen = False, [arg], set()
+    while waiting:
+        n = waiting.pop()
+        if not isinstance(n, fx.Node) or n in seen:
+            continue
+        seen.add(n)
+        op = view.op(n)
+        if n in inside and op.kind in ALONG:
+            bent |= op.kind == "pointwise" and op.params["fn"] in BENT
+            waiting += op.args
+        elif op.kind != "input":
+            found.add(n)
+    return found, bent
+
+
+def _losses(view: GraphView) -> Iterator[Expected]:
+    for node in view.nodes:
+        if view.op(node).kind in ("cross_entropy", "nll_loss") and view.alive(node):
+            yield Expected("loss", view.op(node).kind, view.location(node), frozenset({node}))
