@@ -7,16 +7,22 @@ some rule identifies gets the rule's name; what remains behind it is named in tu
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import sympy as sp
 from torch import fx
 
+from slothc.gradients.program import CONST, Input, Reduce, symbol
 from slothc.patterns.rule import RowRule
 
 from .catalogue import ROW
 from .lift import CannotLift, Lifted, lift
 from .regions import ARITHMETIC, Cone, behind
 from .view import GraphView
+
+
+PIECES = {"split", "item", "index"}
+SHORT = 4             # numbers up to here are exponents and halves, not lengths
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,7 @@ def parts(view: GraphView, cone: Cone) -> list[Part]:
         if view.op(sink).kind in ARITHMETIC:
             for cut in cuts:
                 inside = _reach(sink, cone.nodes, cut)
-                if cut is not None and (view.op(cut).kind == "split" or not _separates(cut, inside, cone.nodes)):
+                if cut is not None and (view.op(cut).kind == "split" or not _separates(view, cut, inside, cone.nodes)):
                     continue
                 rule = _identify(view, inside, sink)
                 if rule:
@@ -62,12 +68,20 @@ def _reach(sink: fx.Node, nodes: frozenset[fx.Node], cut: fx.Node | None) -> set
     return behind(sink, lambda n: n in nodes and n is not cut)
 
 
-def _separates(cut: fx.Node, inside: set[fx.Node], nodes: frozenset[fx.Node]) -> bool:
-    """Whether everything behind ``cut`` reaches the part only through it: no node and no operand in common."""
+def _separates(view: GraphView, cut: fx.Node, inside: set[fx.Node], nodes: frozenset[fx.Node]) -> bool:
+    """Whether everything behind ``cut`` reaches the part only through it: no node and no operand in common.
+
+    Pieces of one tensor are values of their own, as the two halves of a fused projection are.
+    """
     beyond = _reach(cut, nodes, None)
-    mine = {n for x in inside for n in x.all_input_nodes if n not in nodes}
-    theirs = {n for x in beyond for n in x.all_input_nodes if n not in nodes}
-    return not beyond & inside and not mine & theirs
+    mine, theirs = (_values(view, part, nodes) for part in (inside, beyond))
+    shared = {n for n in beyond & inside if view.op(n).kind != "split"}
+    return not shared and not mine & theirs
+
+
+def _values(view: GraphView, part: set[fx.Node], nodes: frozenset[fx.Node]) -> set[fx.Node]:
+    """What the part reads from outside the cone, other than to cut pieces from it."""
+    return {n for x in part if view.op(x).kind not in PIECES for n in x.all_input_nodes if n not in nodes}
 
 
 def _identify(view: GraphView, inside: set[fx.Node], sink: fx.Node) -> str | None:
@@ -75,7 +89,29 @@ def _identify(view: GraphView, inside: set[fx.Node], sink: fx.Node) -> str | Non
         lifted = lift(view, inside, [sink])
     except CannotLift:
         return None
-    return next((r.name for r in ROW if _computes(r, lifted)), None)
+    forms = [lifted, *_by_length(lifted)]
+    return next((r.name for r in ROW if any(_computes(r, form) for form in forms)), None)
+
+
+def _by_length(lifted: Lifted) -> list[Lifted]:
+    """The formula with the row's length for numbers that are equal to it, where there are any: models divide by a width they know."""
+    program, length = lifted.program, dict(lifted.sizes).get("D") or lifted.lane.size
+    if not program.reductions or not isinstance(length, int) or length <= SHORT:
+        return []
+    stages = tuple(replace(s, value=_written(s.value, length)) for s in program.stages)
+    if stages == program.stages:
+        return []
+    known = "D" in program.input
+    size = () if known else (Input("D", CONST, "fp32", differentiable=False, role="size"),)
+    form = replace(program, inputs=(*program.inputs, *size), stages=stages)
+    return [replace(lifted, program=form, loads=(*lifted.loads, *(None for _ in size)))]
+
+
+def _written(expr: sp.Expr | Reduce, length: int) -> sp.Expr | Reduce:
+    if isinstance(expr, Reduce):
+        return replace(expr, body=_written(expr.body, length))
+    whole = {n: n.p / symbol("D") if n.q == length else symbol("D") for n in expr.atoms(sp.Rational) if length in (n.q, n)}
+    return expr.xreplace(whole)
 
 
 def _computes(rule: RowRule, lifted: Lifted) -> bool:
