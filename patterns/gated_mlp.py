@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import mpmath
@@ -45,11 +46,11 @@ def identify(program: Program, loads: Sequence[Access | None]) -> bool:
 
 def _exponential(f: Callable[[Any], Any], known: list[tuple[Any, Any]]) -> bool:
     """A factor c exp(k v), as in a state's decay, gates nothing: f(a) f(b) = f((a + b) / 2)^2."""
-    return all(close(u * v, f((x + y) / 2) ** 2) for (x, u), (y, v) in zip(known, known[1:]))
+    return all(close(u * v, f((x + y) / 2) ** 2) for (x, u), (y, v) in pairwise(known))
 
 
 def _linear(known: list[tuple[Any, Any]]) -> bool:
-    return all(close(u * y, v * x) for (x, u), (y, v) in zip(known, known[1:]))
+    return all(close(u * y, v * x) for (x, u), (y, v) in pairwise(known))
 
 
 def _swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,7 @@ class Reductions(Loader):
     """Handlers of operations that combine the lanes of a row."""
 
     def _over_lanes(self, source: fx.Node, prefix: tuple[Form, ...], node: fx.Node, dim: int = -1) -> list[sp.Expr]:
-        """The value at every unrolled lane of one row of ``source``, which runs along ``dim``; ``prefix`` is the other dimensions' index."""
+        """The value at every unrolled lane of one row of ``source``, which runs along ``dim``; ``prefix``: the index of the others."""
         dim %= len(shape_of(self.view, source))
         lanes = self._lanes(shape_of(self.view, source)[dim], prefix, node)
         return [self.load(source, (*prefix[:dim], at, *prefix[dim:])) for at in lanes]
@@ -42,7 +42,7 @@ class Reductions(Loader):
         return [fixed(row, c) for c in space.combinations()]
 
     def _near(self, source: fx.Node, dim: int, prefix: tuple[Form, ...]) -> bool:
-        """Whether the elements along ``dim`` are next to each other in memory, as in a moved last dimension, and an axis runs along them."""
+        """Whether the elements along ``dim`` are neighbours in memory, as in a moved last dimension, and an axis runs along them."""
         size, used = shape_of(self.view, source)[dim], {a for f in prefix for a in f.axes}
         free = (a for a, n in self.space.axes.items() if a not in used and same(n, size))
         return self.view.value(source).stride(dim) == 1 and (not isinstance(size, int) or size > MAX_LANES) and any(free)

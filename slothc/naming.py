@@ -20,7 +20,6 @@ from .lift import CannotLift, Lifted, lift
 from .regions import ARITHMETIC, Cone, behind
 from .view import GraphView
 
-
 PIECES = {"split", "item", "index"}
 SHORT = 4             # numbers up to here are exponents and halves, not lengths
 

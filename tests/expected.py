@@ -51,17 +51,17 @@ def missed(graphs: Iterable[Rewritten]) -> tuple[list[Expected], list[tuple[Expe
             part = next((p for p in found if p[0] in RULES[item.kind] and p[1] & item.nodes), None)
             if part is None:
                 lacking.append((item, _reason(r, item)))
-            elif item.kind != "rotated" or not part[2]:
+            else:
                 found.remove(part)
     return every, lacking
 
 
-def _named(r: Rewritten) -> Iterator[tuple[str, frozenset[fx.Node], bool]]:
+def _named(r: Rewritten) -> Iterator[tuple[str, frozenset[fx.Node]]]:
     for item in r.used:
         if isinstance(item, Region):
-            yield from ((p.rule, p.nodes, False) for p in item.parts)
+            yield from ((p.rule, p.nodes) for p in item.parts)
         else:
-            yield item.rule, frozenset(item.nodes), False
+            yield item.rule, frozenset(item.nodes)
 
 
 def _reason(r: Rewritten, item: Expected) -> str:
@@ -76,12 +76,12 @@ def _modules(node: fx.Node) -> list[tuple[str, str]]:
 
 
 def _grouped(view: GraphView, pattern: re.Pattern[str]) -> dict[tuple[str, str], list[fx.Node]]:
-    """The living nodes of each call of a module whose class name fits, by the innermost such module."""
+    """The living nodes of each call of a norm or an MLP whose class name fits, by the innermost module that is one."""
     groups: dict[tuple[str, str], list[fx.Node]] = {}
     for node in view.nodes:
         if node.op.startswith("call") and view.alive(node):
-            inner = next((m for m in reversed(_modules(node)) if pattern.search(m[1])), None)
-            if inner is not None:
+            inner = next((m for m in reversed(_modules(node)) if NORM.search(m[1]) or MLP.search(m[1])), None)
+            if inner is not None and pattern.search(inner[1]):
                 groups.setdefault(inner, []).append(node)
     return groups
 
@@ -126,7 +126,9 @@ def _gated(view: GraphView) -> Iterator[Expected]:
 
 
 def _gates(view: GraphView, node: fx.Node, inside: set[fx.Node]) -> bool:
-    """Whether the product's two sides come from different values, one of them through an activation."""
+    """Whether the product's two sides are rows that come from different values, one of them through an activation."""
+    if any(not isinstance(a, fx.Node) or view.value(a).shape[-1:] != view.value(node).shape[-1:] for a in view.op(node).args):
+        return False
     sides = [_sources(view, a, inside) for a in view.op(node).args]
     (first, bent), (second, curved) = sides
     return bool(first) and bool(second) and not first & second and (bent or curved)

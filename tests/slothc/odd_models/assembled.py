@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ def plain(block: Block, x: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class Spelling:
     """The parts of a model. ``rotation`` None: positions are learned. ``residual``: how a block's parts are put together, ``norms`` how
-    often that calls a norm."""
+    often that calls a norm. ``adapter``: what stands for the MLP's last linear."""
 
     norm: type[Norm] = ByVectorNorm
     rotation: Rotation | None = rolled
@@ -38,7 +38,7 @@ class Spelling:
     norms: int = 2
     layers: int = 1
     width: int = 32
-    linear: Callable[[int, int], nn.Module] = field(default=lambda n, m: nn.Linear(n, m, bias=False))
+    adapter: Callable[[int, int], nn.Module] | None = None
 
     def counts(self) -> Counter[str]:
         """What a reader would count: the blocks' norms and the last one, two rotated tensors and one MLP a block, the loss."""
@@ -47,7 +47,7 @@ class Spelling:
             total += self.norm.counts
         for _ in range(self.layers):
             total += self.mlp.counts
-            total += Counter({"rope": 2 if self.rotation else 0})
+            total += Counter({"rope": 2 if self.rotation else 0, "lora_linear": 1 if self.adapter else 0})
         return total
 
 
@@ -60,6 +60,8 @@ class Block(nn.Module):
         self.first, self.second, self.third, self.fourth = (spelling.norm(spelling.width) for _ in range(4))
         self.attention = spelling.attention(spelling.width, spelling.rotation)
         self.mlp = spelling.mlp(spelling.width, INNER)
+        if spelling.adapter:
+            self.mlp.down = spelling.adapter(INNER, spelling.width)
         self.scales = nn.Parameter(1 + 0.1 * torch.randn(4))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -81,7 +83,7 @@ class OddModel(nn.Module):
         self.embedding = nn.Embedding(VOCABULARY, spelling.width)
         self.blocks = nn.ModuleList(Block(spelling) for _ in range(spelling.layers))
         self.last = spelling.norm(spelling.width)
-        self.head = spelling.linear(spelling.width, VOCABULARY)
+        self.head = nn.Linear(spelling.width, VOCABULARY, bias=False)
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> Output:
         x = self.embedding(input_ids)

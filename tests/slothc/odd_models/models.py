@@ -10,15 +10,15 @@ from .assembled import OddModel, Spelling
 
 
 class WithLora(nn.Module):
-    """A linear with an adapter, by hand: ``torch.addmm`` nowhere, the scale on the inner product."""
+    """A linear with an adapter, by hand: bare parameters, and the scale between them."""
 
     def __init__(self, n: int, m: int) -> None:
         super().__init__()
         self.base = nn.Linear(n, m, bias=False).requires_grad_(False)
-        self.down, self.up = nn.Parameter(torch.randn(n, 4) * n**-0.5), nn.Parameter(torch.randn(4, m) * 0.05)
+        self.down, self.up = nn.Parameter(torch.randn(4, n) * n**-0.5), nn.Parameter(torch.randn(m, 4) * 0.05)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + (x @ self.down * 2.0) @ self.up
+        return (x @ self.down.mT * 2.0) @ self.up.T + self.base(x)
 
 
 SPELLINGS: dict[str, Spelling] = {
@@ -42,7 +42,7 @@ SPELLINGS: dict[str, Spelling] = {
     "parallel parts": Spelling(norms.InTwoPasses, rotations.one_cache, mlps.GeluByHand, residual=residuals.parallel),
     "sandwiched": Spelling(norms.ByEinsum, rotations.unbound, residual=residuals.sandwiched, norms=4, layers=2),
     "several streams": Spelling(norms.OneMore, rotations.partial, residual=residuals.several_streams, loss=losses.capped),
-    "learned mixing, adapter by hand": Spelling(norms.OfLogScale, rotations.stacked, residual=residuals.in_turn, linear=WithLora),
+    "learned mixing, adapter by hand": Spelling(norms.OfLogScale, rotations.stacked, residual=residuals.in_turn, adapter=WithLora),
 }  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-RMS, LAYER = Counter({"rms_norm": 1}), Counter({"layer_norm": 1})
+RMS, LAYER, NONE = Counter({"rms_norm": 1}), Counter({"layer_norm": 1}), Counter[str]()
 
 
 class Norm(nn.Module):
@@ -122,7 +122,7 @@ class Grouped(Norm):
 class Gated(Norm):
     """The norm's result times an activation of a projection: a norm, and a gated activation."""
 
-    counts = RMS + Counter({"gated_mlp": 1})
+    counts: ClassVar[Counter[str]] = RMS + Counter({"gated_mlp": 1})
 
     def __init__(self, width: int) -> None:
         super().__init__(width)
@@ -137,7 +137,7 @@ class Gated(Norm):
 class OfMagnitudes(Norm):
     """Divided by the mean of absolute values: no rule has this name."""
 
-    counts = Counter()
+    counts = NONE
 
     def forward(self, x: Tensor) -> Tensor:
         return x / (x.abs().mean(-1, keepdim=True) + 1e-5) * self.weight
@@ -146,7 +146,7 @@ class OfMagnitudes(Norm):
 class OfLargest(Norm):
     """Divided by the largest absolute value, which many lanes may share only by accident: no rule has this name."""
 
-    counts = Counter()
+    counts = NONE
 
     def forward(self, x: Tensor) -> Tensor:
         return self.weight * (x / torch.linalg.vector_norm(x, ord=float("inf"), dim=-1, keepdim=True).clamp_min(1e-5))

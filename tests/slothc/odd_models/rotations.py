@@ -37,7 +37,7 @@ def stacked(x: Tensor, angle: Tensor) -> Tensor:
 def unbound(x: Tensor, angle: Tensor) -> Tensor:
     first, second = x.reshape(*x.shape[:-1], 2, -1).unbind(-2)
     c, s = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    return torch.stack([first * c - second * s, second * c + first * s], -2).reshape(x.shape)
+    return torch.cat([first * c - second * s, second * c + first * s], -1)
 
 
 def rolled(x: Tensor, angle: Tensor) -> Tensor:
