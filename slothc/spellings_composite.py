@@ -73,7 +73,8 @@ def _only(items: Any) -> Any:
 
 
 def _einsum(call: Call) -> Op:
-    """A product of elements, summed over at most one letter: along a row that one operand holds, or over few elements.
+    """A product of elements, summed over at most one letter: along a row that one operand holds, or over few elements
+    where one operand holds all but few of what is asked for.
 
     What is left is a matrix product of its own shape, and opaque.
     """
@@ -83,8 +84,9 @@ def _einsum(call: Call) -> Op:
     summed = sorted(set(sizes) - set(out))
     if len(summed) > 1 or not set(out) <= set(sizes):
         raise Decline("a contraction of several letters")
-    few = all(isinstance(sizes[s], int) and sizes[s] <= FEW for s in summed)
-    if summed and not few and not any(set(term) >= {*out, *summed} for term in terms):
+    small = {s for s, n in sizes.items() if isinstance(n, int) and n <= FEW}
+    few = set(summed) <= small
+    if summed and not any({*out, *summed} - set(term) <= (small if few else set()) for term in terms):
         raise Decline("a matrix product")
     params = {"terms": terms, "out": out, "summed": "".join(summed), "count": sizes[summed[0]] if summed and few else 0}
     return Op("einsum", tensors, params)

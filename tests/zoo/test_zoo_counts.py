@@ -16,12 +16,12 @@ from slothc.tiny import config_names
 # Why a loss is left to PyTorch, or is found only when the model runs: no name of a model decides it.
 CAUSES = {
     "loss": (
-        "the logits are not a linear of this graph",                     # a later graph than the head's: its logits are LazyLogits at run time
+        "the logits are not a linear of this graph",                     # a later graph than the head's: LazyLogits when it runs
         "the logits of single tokens are picked out",                    # by a mask: how many there are is known only at run time
         "a logit goes through mul of 2 tensors, which is not a known function of one logit",              # a scale for each token
         "between the linear and the loss stands transpose",              # several heads' logits, stacked before the loss
     ),
-    "norm": ("",),
+    "norm": ("a value it reads is written to in place", "its result is written to in place"),
     "rotated": (),
     "gated": (),
 }  # fmt: skip
