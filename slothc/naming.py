@@ -21,6 +21,7 @@ from .regions import ARITHMETIC, Cone, behind
 from .view import GraphView
 
 PIECES = {"split", "item", "index"}
+REDUCES = {"reduce", "norm", "moments"}
 SHORT = 4             # numbers up to here are exponents and halves, not lengths
 
 
@@ -51,6 +52,7 @@ def parts(view: GraphView, cone: Cone) -> list[Part]:
                     continue
                 rule = _identify(view, inside, sink)
                 if rule:
+                    cut, inside = _last(view, cone, sink, rule, cut, cuts[cuts.index(cut) + 1 :], inside)
                     yield Part(rule, sink, frozenset(inside))
                     if cut is not None:
                         yield from visit(cut)
@@ -60,6 +62,21 @@ def parts(view: GraphView, cone: Cone) -> list[Part]:
                 yield from visit(node)
 
     return [p for r in cone.results for p in visit(r)]
+
+
+def _last(
+    view: GraphView, cone: Cone, sink: fx.Node, rule: str, cut: fx.Node | None, later: list[fx.Node | None], inside: set[fx.Node]
+) -> tuple[fx.Node | None, set[fx.Node]]:
+    """The last of several reductions that are one by formula, as norm(norm(x)) is a norm of x: a smaller part that has the same name."""
+    if sum(view.op(n).kind in REDUCES for n in inside) < 2:
+        return cut, inside
+    for other in filter(None, reversed(later)):
+        part = _reach(sink, cone.nodes, other)
+        again = any(view.op(n).kind in REDUCES for n in _reach(other, cone.nodes, None))
+        split = view.op(other).kind != "split" and again and any(view.op(n).kind in REDUCES for n in part)
+        if split and _separates(view, other, part, cone.nodes) and _identify(view, part, sink) == rule:
+            return other, part
+    return cut, inside
 
 
 def _reach(sink: fx.Node, nodes: frozenset[fx.Node], cut: fx.Node | None) -> set[fx.Node]:

@@ -22,6 +22,7 @@ RULES = {"norm": {"rms_norm", "layer_norm"}, "rotated": {"rope"}, "gated": {"gat
 NORM, MLP = re.compile("Norm"), re.compile("MLP|Mlp|Experts|FeedForward|FFN")
 ROTARY = re.compile(r"in apply_\w*(?:rotary|rope)\w*")
 BENT = {"silu", "relu", "gelu", "gelu_tanh", "sigmoid", "tanh", "erf", "mish", "hardswish", "softplus", "elu", "leaky_relu", "logsigmoid"}
+ONE, WRITTEN = "several of one row are one by formula", "its result is written to in place"
 ALONG = {"pointwise", "identity", "cast"}
 
 
@@ -45,14 +46,16 @@ def missed(graphs: Iterable[Rewritten]) -> tuple[list[Expected], list[tuple[Expe
     every: list[Expected] = []
     lacking: list[tuple[Expected, str]] = []
     for r in graphs:
-        found = list(_named(r))
+        named = list(_named(r))
+        found = list(named)
         for item in expected(r.found.view):
             every.append(item)
             fitting = [p for p in found if p[0] in RULES[item.kind] and p[2] & item.nodes]
             if fitting:
                 found.remove(max(fitting, key=lambda p: (p[1] in item.nodes, len(p[2] & item.nodes))))
             else:
-                lacking.append((item, _reason(r, item)))
+                within = any(p[0] in RULES[item.kind] and p[1] not in item.nodes and p[2] & item.nodes for p in named)
+                lacking.append((item, ONE if within else _reason(r, item)))
     return every, lacking
 
 
@@ -66,6 +69,8 @@ def _named(r: Rewritten) -> Iterator[tuple[str, fx.Node, frozenset[fx.Node]]]:
 
 
 def _reason(r: Rewritten, item: Expected) -> str:
+    if any(map(r.found.view.mutated, item.nodes)):
+        return WRITTEN
     said = [m.reason for m in (*r.found.misses, *r.dropped) if m.node in item.nodes]
     return said[0] if said else ""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 from captured import graphs_of
-from expected import missed
+from expected import ONE, WRITTEN, missed
 
 from slothc.survey_child import build, inputs
 from slothc.tiny import config_names
@@ -21,7 +21,7 @@ CAUSES = {
         "a logit goes through mul of 2 tensors, which is not a known function of one logit",              # a scale for each token
         "between the linear and the loss stands transpose",              # several heads' logits, stacked before the loss
     ),
-    "norm": ("a value it reads is written to in place", "its result is written to in place"),
+    "norm": (ONE, WRITTEN),
     "rotated": (),
     "gated": (),
 }  # fmt: skip
