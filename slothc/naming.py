@@ -12,11 +12,13 @@ from dataclasses import dataclass, replace
 import sympy as sp
 from torch import fx
 
+from slothc.gradients.geometry import Access
 from slothc.gradients.program import CONST, Input, Reduce, symbol
 from slothc.patterns.rule import RowRule
 
 from .catalogue import ROW
 from .lift import CannotLift, Lifted, lift
+from .lift_space import fixed
 from .regions import ARITHMETIC, Cone, behind
 from .view import GraphView
 
@@ -105,6 +107,10 @@ def _identify(view: GraphView, inside: set[fx.Node], sink: fx.Node) -> str | Non
         lifted = lift(view, inside, [sink])
     except CannotLift:
         return None
+    first = [lifted.leaves.index(leaf) for leaf in lifted.leaves]          # one tensor may be several operands
+    single = {axis.name: 0 for axis in (*lifted.axes, lifted.lane) if axis.size == 1}
+    loads = (a and Access(first[a.tensor], tuple(fixed(f, single) for f in a.index)) for a in lifted.loads)
+    lifted = replace(lifted, loads=tuple(loads))
     forms = [lifted, *_by_length(lifted)]
     return next((r.name for r in ROW if any(_computes(r, form) for form in forms)), None)
 
