@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from slothc.gradients.vocabulary import Chain
 from torch import fx
 
+from .likelihood import Likelihood, likelihood
 from .meaning import Op, View
 from .rule import Match, Miss, Sample, StructuralRule
 
@@ -43,6 +44,7 @@ class _Head:
     views: list[fx.Node] = field(default_factory=list)
     index: tuple[Any, ...] | None = None
     vocab: int | None = None
+    normalised: fx.Node | None = None
 
     @property
     def linear(self) -> fx.Node:
@@ -50,45 +52,49 @@ class _Head:
 
 
 def recognise(view: View, node: fx.Node) -> Match | Miss | None:
-    """A ``cross_entropy`` whose logits come from a linear.
+    """A loss (see ``likelihood``) whose logits come from a linear.
 
     ``inputs``: hidden, weight, bias (or None), labels. ``attrs``: chain (text of a ``Chain``), ignore_index,
-    label_smoothing, reduction, dtype (of the loss), index (items for hidden's dimensions, or None), vocab (rows of the
-    weight that count, or None), lazy (for each node in ``extra``: the text of the chain up to it). ``extra``: nodes
-    whose values are read elsewhere and can be made on demand.
+    label_smoothing, reduction, sign and picked (see ``Likelihood``), dtype (of the loss), index (items for hidden's
+    dimensions, or None), vocab (rows of the weight that count, or None), lazy (for each node in ``extra``: the text of
+    the chain up to it). ``extra``: nodes whose values are read elsewhere and can be made on demand.
     """
-    op = view.op(node)
-    if op.kind != "cross_entropy":
+    loss = likelihood(view, node)
+    if loss is None:
         return None
     try:
-        return _match(view, node, op)
+        return _match(view, node, loss)
     except _Stop as stop:
-        return Miss(RULE_NAME, node, str(stop))
+        return Miss(RULE_NAME, node, str(stop)) if not loss.last else None
 
 
-def _match(view: View, node: fx.Node, op: Op) -> Match:
-    _check_loss(view, op)
-    head = _walk(view, op.args[0])
-    hidden, weight, bias = _check_linear(view, head, op.args[1])
+def _match(view: View, node: fx.Node, loss: Likelihood) -> Match:
+    _check_loss(view, loss)
+    head = _walk(view, loss.logits, loss.last)
+    if loss.normalised and head.normalised is None:
+        raise _Stop("what is picked is not the logarithm of a softmax")
+    hidden, weight, bias = _check_linear(view, head, loss.labels)
     _check_effects(view, node, head)
-    lazy, kept = _outside(view, node, head)
+    lazy, kept = _outside(view, {node, *loss.around}, head)
     attrs = {
         "chain": _chain(view, head, len(head.path)).text,
-        "ignore_index": op.params["ignore_index"],
-        "label_smoothing": float(op.params["label_smoothing"]),
-        "reduction": op.params["reduction"],
+        "ignore_index": loss.params["ignore_index"],
+        "label_smoothing": float(loss.params["label_smoothing"]),
+        "reduction": loss.params["reduction"],
+        "sign": loss.sign,
+        "picked": loss.picked,
         "dtype": view.value(node).dtype,
         "index": head.index,
         "vocab": head.vocab,
         "lazy": lazy,
     }
-    nodes = (node, *(n for n in head.path if n not in kept))
-    inputs = {"hidden": hidden, "weight": weight, "bias": bias, "labels": op.args[1]}
+    nodes = (node, *loss.around, *(n for n in head.path if n not in kept))
+    inputs = {"hidden": hidden, "weight": weight, "bias": bias, "labels": loss.labels}
     return Match(RULE_NAME, node, nodes, inputs, attrs, extra=tuple(lazy))
 
 
-def _check_loss(view: View, op: Op) -> None:
-    logits, labels = view.value(op.args[0]), view.value(op.args[1])
+def _check_loss(view: View, op: Likelihood) -> None:
+    logits, labels = view.value(op.logits), view.value(op.labels)
     if op.params.get("weight") is not None:
         raise _Stop("the classes are weighted")
     if type(op.params["ignore_index"]) is not int or type(op.params["label_smoothing"]) not in (int, float):
@@ -108,9 +114,9 @@ def _check_loss(view: View, op: Op) -> None:
 # from the loss back to the linear
 
 
-def _walk(view: View, start: fx.Node) -> _Head:
+def _walk(view: View, start: fx.Node, last: bool) -> _Head:
     head, node = _Head(), start
-    if view.value(start).dim() > 2:
+    if view.value(start).dim() > 2 and not last:
         node = _classes_last(view, head, start)
     while True:
         if not isinstance(node, fx.Node):
@@ -143,6 +149,8 @@ def _before(view: View, head: _Head, node: fx.Node, op: Op) -> fx.Node:
     if op.kind == "cast":
         head.steps.append((node, "cast", ()))
         return op.args[0]
+    if op.kind == "softmax" and op.params["fn"] == "log_softmax":
+        return _unnormalised(view, head, node, op)
     if op.kind == "pointwise":
         source, fn, numbers = _step(op)
         head.steps.append((node, fn, numbers))
@@ -154,6 +162,16 @@ def _before(view: View, head: _Head, node: fx.Node, op: Op) -> fx.Node:
     if op.kind == "input":
         raise _Stop("the logits are not a linear of this graph")
     raise _Stop(f"between the linear and the loss stands {_name(node)}")
+
+
+def _unnormalised(view: View, head: _Head, node: fx.Node, op: Op) -> fx.Node:
+    """The logits of a log_softmax: the loss's own does nothing more to it. After it come casts and views, or the loss is another."""
+    if op.params["dim"] != view.value(node).dim() - 1 or any(fn != "cast" for _, fn, _ in head.steps):
+        raise _Stop("the logarithm of a softmax is changed before the loss")
+    if view.dtype(node) != view.dtype(op.args[0]):
+        head.steps.append((node, "cast", ()))
+    head.normalised = node
+    return op.args[0]
 
 
 def _step(op: Op) -> tuple[fx.Node, str, tuple[float, ...]]:
@@ -238,15 +256,17 @@ def _chain(view: View, head: _Head, upto: int) -> Chain:
 # other readers
 
 
-def _outside(view: View, node: fx.Node, head: _Head) -> tuple[dict[fx.Node, str], set[fx.Node]]:
+def _outside(view: View, loss: set[fx.Node], head: _Head) -> tuple[dict[fx.Node, str], set[fx.Node]]:
     """Which nodes become lazy values (with the chain up to each), and which nodes stay to read those."""
-    inner = {node, *head.path}
+    inner = {*loss, *head.path}
     lazy: dict[fx.Node, str] = {}
     kept: set[fx.Node] = set()
     for place, n in enumerate(head.path):
         readers = [u for u in view.users(n) if u not in inner]
         if not readers:
             continue
+        if head.normalised is not None and place <= head.path.index(head.normalised):
+            raise _Stop("the logarithms of the probabilities are also read elsewhere")
         for reader in readers:
             _check_reader(view, reader)
         root = next(k for k in range(place, len(head.path)) if not set(head.path[k:]) & set(head.views))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import mpmath
@@ -24,6 +25,8 @@ def identify(program: Program, loads: Sequence[Access | None]) -> bool:
     rows = rows_of(program)
     if len(rows) != 2 or len(program.outputs) != 1 or program.reductions or any(i.kind.rows and not i.kind.lanes for i in program.inputs):
         return False
+    if rows[0].differentiable != rows[1].differentiable:                    # what gates what is learned: an angle's cosine gates nothing
+        return False
     dice = random.Random(11)
     base = draw(program, dice)
 
@@ -34,20 +37,20 @@ def identify(program: Program, loads: Sequence[Access | None]) -> bool:
     for (a, b), (c, d) in zip(points[::2], points[1::2]):
         if not close(at(a, b) * at(c, d), at(a, d) * at(c, b)):
             return False
-    (a, b), (c, d) = points[:2]
-    varies = not close(at(a, b), at(c, b)) and not close(at(a, b), at(a, d))
-    first, second = (lambda v: at(v, b)), (lambda v: at(a, v))
-    decays = _exponential(first, a, c) or _exponential(second, b, d)
-    return varies and not decays and not (_linear(first, a, c) and _linear(second, b, d))
+    a, b = max(points, key=lambda p: abs(at(*p)))
+    factors = ([(x, at(x, b)) for x, _ in points], [(y, at(a, y)) for _, y in points])
+    varies = all(any(not close(v, f[0][1]) for _, v in f) for f in factors)
+    decays = _exponential(lambda v: at(v, b), factors[0]) or _exponential(lambda v: at(a, v), factors[1])
+    return varies and not decays and not all(map(_linear, factors))
 
 
-def _exponential(f: Any, a: Any, b: Any) -> bool:
+def _exponential(f: Callable[[Any], Any], known: list[tuple[Any, Any]]) -> bool:
     """A factor c exp(k v), as in a state's decay, gates nothing: f(a) f(b) = f((a + b) / 2)^2."""
-    return close(f(a) * f(b), f((a + b) / 2) ** 2)
+    return all(close(u * v, f((x + y) / 2) ** 2) for (x, u), (y, v) in pairwise(known))
 
 
-def _linear(f: Any, a: Any, b: Any) -> bool:
-    return close(f(a) * b, f(b) * a)
+def _linear(known: list[tuple[Any, Any]]) -> bool:
+    return all(close(u * y, v * x) for (x, u), (y, v) in pairwise(known))
 
 
 def _swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

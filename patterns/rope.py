@@ -29,18 +29,22 @@ def identify(program: Program, loads: Sequence[Access | None]) -> bool:
     tensor = {i.name: a.tensor for i, a in zip(program.inputs, loads) if a is not None}
     rows = [i.name for i in rows_of(program)]
     for candidate in dict.fromkeys(tensor[r] for r in rows):
-        lanes = [r for r in rows if tensor[r] == candidate]
-        if len(lanes) >= 2 and _rotates(program, lanes):
+        lanes: dict[Any, list[str]] = {}
+        for name, access in zip((i.name for i in program.inputs), loads):
+            if name in rows and access is not None and access.tensor == candidate:
+                lanes.setdefault(access.index, []).append(name)
+        if len(lanes) >= 2 and _rotates(program, list(lanes.values())):
             return True
     return False
 
 
-def _rotates(program: Program, lanes: list[str]) -> bool:
+def _rotates(program: Program, lanes: list[list[str]]) -> bool:
+    """``lanes``: the inputs that each lane is read as."""
     dice = random.Random(13)
     base = draw(program, dice)
 
     def at(weights: Sequence[Any]) -> list[Any]:
-        return [v[0] for v in value(program, {**base, **{n: [[w] * LANES] for n, w in zip(lanes, weights)}}).values()]
+        return [v[0] for v in value(program, {**base, **{n: [[w] * LANES] for names, w in zip(lanes, weights) for n in names}}).values()]
 
     unit = [[mpmath.mpf(k == j) for k in range(len(lanes))] for j in range(len(lanes))]
     columns = [at(u) for u in unit]

@@ -16,7 +16,7 @@ from .lift import CannotLift, lift, shape_of
 from .naming import Part, parts
 from .options import Options
 from .planning import plan
-from .regions import ARITHMETIC, Cone, Growth, leaves
+from .regions import ARITHMETIC, Cone, Growth, behind, leaves
 from .statistics import counts
 from .structure import structure
 from .view import GraphView
@@ -154,18 +154,27 @@ def _learn(view: GraphView, cone: Cone, nodes: list[fx.Node], inputs: list[fx.No
 
 def _barrier(view: GraphView, node: fx.Node, nodes: list[fx.Node]) -> int | None:
     """Where to cut a cone that has no formula at ``node``: the first reader of an operand that cannot be one, the reshape that gives a
-    reduction's row another length than the result's, or the node itself.
+    reduction's row another length than the result's, the one before it that makes its row out of several, or the node itself.
     """
     if node not in nodes:
         return next((k for k, n in enumerate(nodes) if node in n.all_input_nodes), None)
     if view.op(node).kind in ("reduce", "norm", "softmax"):
-        behind = {node}
+        after = {node}
         for k, n in enumerate(nodes):
-            if behind.intersection(n.all_input_nodes):
-                behind.add(n)
+            if after.intersection(n.all_input_nodes):
+                after.add(n)
                 if view.op(n).kind == "reshape" and shape_of(view, n)[-1:] != shape_of(view, node)[-1:]:
                     return k
+        return next(reversed(_joins(view, node, nodes)), nodes.index(node))
     return nodes.index(node)
+
+
+def _joins(view: GraphView, node: fx.Node, nodes: list[fx.Node]) -> list[int]:
+    """The reshapes behind a reduction whose result has the reduction's row as its last dimension, and whose source has not."""
+    row = shape_of(view, view.op(node).args[0])[-1:]
+    within = behind(node, set(nodes).__contains__)
+    reshapes = [k for k, n in enumerate(nodes) if n in within and view.op(n).kind == "reshape"]
+    return [k for k in reshapes if shape_of(view, nodes[k])[-1:] == row != shape_of(view, view.op(nodes[k]).args[0])[-1:]]
 
 
 def _worthwhile(view: GraphView, region: Region, options: Options) -> bool:

@@ -16,10 +16,10 @@ from slothc.gradients.geometry import Access, Axis, Form, Size
 from slothc.gradients.program import Kind, Output, Program
 from slothc.gradients.reverse import without_aliases
 
+from .lift_composite import Composite
 from .lift_forms import NotAffine, Split, same
 from .lift_loader import STORAGE, CannotLift
 from .lift_pointwise import Pointwise
-from .lift_reductions import Reductions
 from .lift_space import OtherLane, Space, TellsParts, fixed
 from .lift_views import Views
 from .sizes import shape_of
@@ -81,7 +81,7 @@ def _space(view: GraphView, node: fx.Node) -> Space:
     return Space(dict(zip(names, shape)), [Form.axis(n) for n in names], names[-1] if names else "")
 
 
-class _Evaluation(Pointwise, Views, Reductions):
+class _Evaluation(Pointwise, Views, Composite):
     """One evaluation of a region over a fixed space."""
 
     def run(self, results: Sequence[fx.Node]) -> Lifted:

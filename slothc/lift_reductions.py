@@ -9,22 +9,28 @@ import sympy as sp
 import torch
 from torch import fx
 
-from slothc.gradients.geometry import Form
+from slothc.gradients.geometry import Form, Size
 from slothc.gradients.program import CONST, Input, Reduce, symbol
 
 from .lift_forms import same
 from .lift_loader import CannotLift, Loader
 from .lift_scalars import SCALAR, number
-from .lift_space import OtherLane, fixed
+from .lift_space import MAX_LANES, OtherLane, fixed
 from .sizes import shape_of
 
 
 class Reductions(Loader):
     """Handlers of operations that combine the lanes of a row."""
 
-    def _over_lanes(self, source: fx.Node, prefix: tuple[Form, ...], node: fx.Node) -> list[sp.Expr]:
-        """The value at every unrolled lane of one row of ``source``."""
-        size, space = shape_of(self.view, source)[-1], self.space
+    def _over_lanes(self, source: fx.Node, prefix: tuple[Form, ...], node: fx.Node, dim: int = -1) -> list[sp.Expr]:
+        """The value at every unrolled lane of one row of ``source``, which runs along ``dim``; ``prefix``: the index of the others."""
+        dim %= len(shape_of(self.view, source))
+        lanes = self._lanes(shape_of(self.view, source)[dim], prefix, node)
+        return [self.load(source, (*prefix[:dim], at, *prefix[dim:])) for at in lanes]
+
+    def _lanes(self, size: Size, prefix: tuple[Form, ...], node: fx.Node) -> list[Form]:
+        """The positions of a row of ``size`` elements at every unrolled lane."""
+        space = self.space
         if any(space.lane in f.axes for f in prefix) or space.lane not in space.axes or (size != 1 and space.axes[space.lane] == 1):
             used = {a for f in prefix for a in f.axes}
             free = [a for a, n in space.axes.items() if a not in used and a != space.lane and same(n, size)]
@@ -33,7 +39,13 @@ class Reductions(Loader):
             raise CannotLift(node, f"it reduces over {size} elements where the row has {space.lane_count()}")
         row = next((f for f in self.space.index if self.space.lane in f.axes), Form.axis(space.lane))
         row = Form(tuple(t for t in row.terms if t[0] == space.lane or t[0] in space.unrolled), row.const)
-        return [self.load(source, (*prefix, fixed(row, c))) for c in space.combinations()]
+        return [fixed(row, c) for c in space.combinations()]
+
+    def _near(self, source: fx.Node, dim: int, prefix: tuple[Form, ...]) -> bool:
+        """Whether the elements along ``dim`` are neighbours in memory, as in a moved last dimension, and an axis runs along them."""
+        size, used = shape_of(self.view, source)[dim], {a for f in prefix for a in f.axes}
+        free = (a for a, n in self.space.axes.items() if a not in used and same(n, size))
+        return self.view.value(source).stride(dim) == 1 and (not isinstance(size, int) or size > MAX_LANES) and any(free)
 
     def _reduced(self, op_name: str, values: list[sp.Expr]) -> sp.Expr:
         if op_name == "sum":
@@ -60,14 +72,15 @@ class Reductions(Loader):
     def _reduce(self, node: fx.Node, op: Any, index: tuple[Form, ...]) -> sp.Expr:
         source, fn = op.args[0], op.params["fn"]
         rank = len(shape_of(self.view, source))
-        if tuple(op.params["dims"]) != (rank - 1,):
+        dim = op.params["dims"][0] if len(op.params["dims"]) == 1 else rank
+        prefix = index if not op.params["keepdim"] else (*index[:dim], *index[dim + 1 :])
+        if dim != rank - 1 and (dim == rank or not self._near(source, dim, prefix)):
             raise CannotLift(node, f"it reduces over dimensions {tuple(op.params['dims'])}, not the last")
-        prefix = index[:-1] if op.params["keepdim"] else index
         if fn not in ("sum", "mean", "amax", "amin", "var", "std", "norm", "logsumexp"):
             raise CannotLift(node, f"the reduction {fn} has no formula")
         if not self.view.dtype(source).is_floating_point:
             raise CannotLift(node, "a reduction of integers")
-        values = self._over_lanes(source, prefix, node)
+        values = self._over_lanes(source, prefix, node, dim)
         correction = op.params.get("correction", 1)
         table = {
             "sum": lambda: self._reduced("sum", values),
@@ -104,6 +117,9 @@ class Reductions(Loader):
             mean = self._mean(values)
             scale = self._stage((self._variance(values, mean) + eps) ** sp.Rational(-1, 2), None)
             y = self._stage(x - mean, None) * scale
+        elif op.params["fn"] == "normalize":
+            length = self._stage(self._reduced("sum", [v**2 for v in values]) ** sp.Rational(1, 2), None)
+            y = x / self._stage(SCALAR["maximum"](length, eps), None)
         else:
             scale = self._stage((self._mean([v**2 for v in values]) + eps) ** sp.Rational(-1, 2), None)
             y = x * scale

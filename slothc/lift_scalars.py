@@ -49,6 +49,8 @@ SCALAR: dict[str, Callable[..., sp.Expr]] = {
     "silu": lambda a: a * f.sigmoid(a), "softplus": f.softplus, "logsigmoid": lambda a: -f.softplus(-a),
     "mish": lambda a: a * sp.tanh(f.softplus(a)), "hardswish": lambda a: a * f.clip(a + 3, 0, 6) / 6,
     "gelu": lambda a: a / 2 * (1 + sp.erf(a * sp.Float(float(1 / _ROOT2)))), "gelu_tanh": _gelu_tanh,
+    "addcmul": lambda x, a, b, c: x + c * a * b, "addcdiv": lambda x, a, b, c: x + c * a / b, "lerp": lambda a, b, t: a + t * (b - a),
+    "add_scaled": lambda a, b, c: a + c * b, "sub_scaled": lambda a, b, c: a - c * b,
     "leaky_relu": lambda a, s: f.select(f.gt(a, 0), a, s * a),
     "where": lambda c, a, b: f.select(c, a, b),
     "gt": f.gt, "ge": f.ge, "lt": lambda a, b: f.gt(b, a), "le": lambda a, b: f.ge(b, a), "eq": f.eq, "ne": lambda a, b: 1 - f.eq(a, b),

@@ -56,7 +56,7 @@ class Space:
         if axis == self.lane:
             if blocked:
                 self._unroll(outer, count)
-                self.lane = low
+                self.lane = low if inner != 1 else self._before(low)
             elif isinstance(inner, int) and inner <= 4:
                 self._unroll(low, inner)
                 self.lane = outer
@@ -73,7 +73,11 @@ class Space:
         """The axis of real and imaginary parts becomes two equations; where it was the lane, the axis before it is."""
         self._unroll(axis, 2)
         if axis == self.lane:
-            self.lane = next((a for a in reversed(self.axes) if a not in self.unrolled), "")
+            self.lane = self._before(axis)
+
+    def _before(self, axis: str) -> str:
+        """The last axis that could be the lane where ``axis`` has nothing to run along."""
+        return next((a for a in reversed(self.axes) if a not in self.unrolled and a != axis), axis)
 
     @property
     def rows(self) -> list[str]:

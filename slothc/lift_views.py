@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import sympy as sp
@@ -16,6 +18,8 @@ from .sizes import shape_of
 
 class Views(Loader):
     """Handlers of operations that move elements and compute none."""
+
+    _reduce: Callable[..., sp.Expr]
 
     def _reshape(self, node: fx.Node, op: Any, index: tuple[Form, ...]) -> sp.Expr:
         source = op.args[0]
@@ -64,6 +68,8 @@ class Views(Loader):
     def _item(self, node: fx.Node, op: Any, index: tuple[Form, ...]) -> sp.Expr:
         source = op.args[0]
         split = self.view.op(source)
+        if split.kind == "moments" and source in self.region:
+            return self._reduce(node, replace(split, kind="reduce", params=split.params["items"][op.params["number"]]), index)
         if split.kind != "split" or source not in self.region:
             raise CannotLift(node, "one value of a tuple")
         dim, which = split.params["dim"], op.params["number"]

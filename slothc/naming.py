@@ -8,18 +8,28 @@ projection and its adapters, say.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias
 
+import sympy as sp
 import torch
 from torch import fx
 
+from slothc.gradients.geometry import Access
+from slothc.gradients.program import CONST, Input, Reduce, symbol
 from slothc.patterns.rule import RowRule
 
 from .catalogue import ROW
 from .lift import CannotLift, Lifted, lift
+from .lift_space import fixed
 from .regions import ARITHMETIC, Cone, behind
 from .view import GraphView
+
+PIECES = {"split", "item", "index"}
+REDUCES = {"reduce", "norm", "moments"}
+Cut: TypeAlias = tuple[fx.Node, ...]
+SHORT = 4             # numbers up to here are exponents and halves, not lengths
 
 
 @dataclass(frozen=True)
@@ -41,14 +51,16 @@ def parts(view: GraphView, cone: Cone) -> list[Part]:
             return
         seen.add(sink)
         if view.op(sink).kind in ARITHMETIC:
-            for cut in _cuts(view, sink, cone.nodes, order):
+            cuts = list(_cuts(view, sink, cone.nodes, order))
+            for number, cut in enumerate(cuts):
                 inside = _reach(sink, cone.nodes, cut)
-                if any(view.op(c).kind == "split" or not _separates(c, inside, cone.nodes) for c in cut):
+                if any(view.op(c).kind == "split" or not _separates(view, c, inside, cone.nodes) for c in cut):
                     continue
                 rule = _identify(view, inside, sink)
                 if rule:
+                    begins, inside = _last(view, cone, sink, rule, cut, cuts[number + 1 :], inside)
                     yield Part(rule, sink, frozenset(inside))
-                    for c in cut:
+                    for c in begins:
                         yield from visit(c)
                     return
         for node in sink.all_input_nodes:
@@ -58,20 +70,43 @@ def parts(view: GraphView, cone: Cone) -> list[Part]:
     return [p for r in cone.results for p in visit(r)]
 
 
+def _last(
+    view: GraphView, cone: Cone, sink: fx.Node, rule: str, cut: Cut, later: Sequence[Cut], inside: set[fx.Node]
+) -> tuple[Cut, set[fx.Node]]:
+    """The last of several reductions that are one by formula, as norm(norm(x)) is a norm of x: a smaller part that has the same name."""
+    if sum(view.op(n).kind in REDUCES for n in inside) < 2:
+        return cut, inside
+    for other in (c[0] for c in reversed(later) if len(c) == 1):
+        part = _reach(sink, cone.nodes, (other,))
+        again = any(view.op(n).kind in REDUCES for n in _reach(other, cone.nodes))
+        split = view.op(other).kind != "split" and again and any(view.op(n).kind in REDUCES for n in part)
+        if split and _separates(view, other, part, cone.nodes) and _identify(view, part, sink) == rule:
+            return (other,), part
+    return cut, inside
+
+
 def _reach(sink: fx.Node, nodes: frozenset[fx.Node], cut: Collection[fx.Node] = ()) -> set[fx.Node]:
     """The nodes behind ``sink`` that can be reached without passing one of ``cut``, ``sink`` included."""
     return behind(sink, lambda n: n in nodes and n not in cut)
 
 
-def _separates(cut: fx.Node, inside: set[fx.Node], nodes: frozenset[fx.Node]) -> bool:
-    """Whether everything behind ``cut`` reaches the part only through it: no node and no operand in common."""
+def _separates(view: GraphView, cut: fx.Node, inside: set[fx.Node], nodes: frozenset[fx.Node]) -> bool:
+    """Whether everything behind ``cut`` reaches the part only through it: no node and no operand in common.
+
+    Pieces of one tensor are values of their own, as the two halves of a fused projection are.
+    """
     beyond = _reach(cut, nodes)
-    mine = {n for x in inside for n in x.all_input_nodes if n not in nodes}
-    theirs = {n for x in beyond for n in x.all_input_nodes if n not in nodes}
-    return not beyond & inside and not mine & theirs
+    mine, theirs = (_values(view, part, nodes) for part in (inside, beyond))
+    shared = {n for n in beyond & inside if view.op(n).kind != "split"}
+    return not shared and not mine & theirs
 
 
-def _cuts(view: GraphView, sink: fx.Node, nodes: frozenset[fx.Node], order: dict[fx.Node, int]) -> Iterator[tuple[fx.Node, ...]]:
+def _values(view: GraphView, part: set[fx.Node], nodes: frozenset[fx.Node]) -> set[fx.Node]:
+    """What the part reads from outside the cone, other than to cut pieces from it."""
+    return {n for x in part if view.op(x).kind not in PIECES for n in x.all_input_nodes if n not in nodes}
+
+
+def _cuts(view: GraphView, sink: fx.Node, nodes: frozenset[fx.Node], order: dict[fx.Node, int]) -> Iterator[Cut]:
     """Where a part that ends in ``sink`` may begin: nowhere before its operands, at one value, at all the sums that it reads."""
     reached = sorted(_reach(sink, nodes) - {sink}, key=order.__getitem__)
     yield ()
@@ -113,7 +148,33 @@ def _identify(view: GraphView, inside: set[fx.Node], sink: fx.Node) -> str | Non
         lifted = lift(view, inside, [sink])
     except CannotLift:
         return None
-    return next((r.name for r in ROW if _computes(r, lifted)), None)
+    first = [lifted.leaves.index(leaf) for leaf in lifted.leaves]          # one tensor may be several operands
+    single = {axis.name: 0 for axis in (*lifted.axes, lifted.lane) if axis.size == 1}
+    loads = (a and Access(first[a.tensor], tuple(fixed(f, single) for f in a.index)) for a in lifted.loads)
+    lifted = replace(lifted, loads=tuple(loads))
+    forms = [lifted, *_by_length(lifted)]
+    return next((r.name for r in ROW if any(_computes(r, form) for form in forms)), None)
+
+
+def _by_length(lifted: Lifted) -> list[Lifted]:
+    """The formula with the row's length for numbers that are equal to it, where there are any: models divide by a width they know."""
+    program, length = lifted.program, dict(lifted.sizes).get("D") or lifted.lane.size
+    if not program.reductions or not isinstance(length, int) or length <= SHORT:
+        return []
+    stages = tuple(replace(s, value=_written(s.value, length)) for s in program.stages)
+    if stages == program.stages:
+        return []
+    known = "D" in program.input
+    size = () if known else (Input("D", CONST, "fp32", differentiable=False, role="size"),)
+    form = replace(program, inputs=(*program.inputs, *size), stages=stages)
+    return [replace(lifted, program=form, loads=(*lifted.loads, *(None for _ in size)))]
+
+
+def _written(expr: sp.Expr | Reduce, length: int) -> sp.Expr | Reduce:
+    if isinstance(expr, Reduce):
+        return replace(expr, body=_written(expr.body, length))
+    whole = {n: n.p / symbol("D") if n.q == length else symbol("D") for n in expr.atoms(sp.Rational) if length in (n.q, n)}
+    return expr.xreplace(whole)
 
 
 def _computes(rule: RowRule, lifted: Lifted) -> bool:

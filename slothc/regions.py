@@ -15,8 +15,8 @@ from torch import fx
 
 from .view import GraphView
 
-ARITHMETIC = {"pointwise", "reduce", "norm", "softmax", "cat", "stack", "cast", "complex"}
-VIEWS = {"identity", "reshape", "permute", "expand", "index", "split", "item"}
+ARITHMETIC = {"pointwise", "reduce", "norm", "softmax", "cat", "stack", "cast", "complex", "glu", "roll", "einsum"}
+VIEWS = {"identity", "reshape", "permute", "expand", "index", "split", "item", "moments"}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -50,7 +50,7 @@ class Growth:
         if (kind not in ARITHMETIC and kind not in VIEWS) or view.mutated(node):
             return False
         value = view.example(node)
-        if kind == "split":
+        if kind in ("split", "moments"):
             return all(isinstance(v, torch.Tensor) for v in value)
         return isinstance(value, torch.Tensor) and (value.dtype in FLOATS or value.dtype == torch.bool or value.dtype.is_complex)
 

@@ -15,12 +15,13 @@ from torch._ops import OpOverload, OpOverloadPacket
 from slothc.patterns.meaning import Op
 
 from .spellings_call import Call, Decline, Row, example, settled
+from .spellings_composite import COMPOSITE
 from .spellings_effects import written
 from .spellings_matrix import MATRIX
 from .spellings_pointwise import POINTWISE
 from .spellings_views import VIEWS
 
-TABLE: dict[str, Row] = {**POINTWISE, **VIEWS, **MATRIX}
+TABLE: dict[str, Row] = {**POINTWISE, **VIEWS, **MATRIX, **COMPOSITE}
 
 _NAMESPACES: tuple[tuple[ModuleType | Any, str], ...] = (
     (torch, ""), (operator, ""), (torch._C._nn, ""), (F, "F."), (torch.special, "special."), (torch.linalg, "linalg."),

@@ -20,11 +20,14 @@ def _unary(fn: str) -> Callable[[Call], Op]:
 
 def _binary(fn: str, neutral: float | None = None, commutes: bool = False) -> Callable[[Call], Op]:
     def make(call: Call) -> Op:
-        if call.bound.get("alpha", 1) != 1:
-            raise Decline("alpha is not 1")
+        alpha = call.bound.get("alpha", 1)
+        if not is_number(alpha):
+            raise Decline("alpha is a node")
         if call.bound.get("rounding_mode") is not None:
             raise Decline(f"rounding_mode={call['rounding_mode']}")
         left, right = operand(call["x"]), operand(call["other"])
+        if alpha != 1:
+            return Op("pointwise", (left, right, alpha), {"fn": f"{fn}_scaled"})
         if neutral is not None and _does_nothing(call, left, right, neutral):
             return Op("identity", (left,))
         if neutral is not None and commutes and _does_nothing(call, right, left, neutral):

@@ -26,11 +26,13 @@ def head_loss(
     ignore_index: int,
     label_smoothing: float,
     reduction: str,
+    sign: float,
+    picked: bool,
     dtype: torch.dtype,
 ) -> Tensor:
     """The loss of a head: hidden [..., D] sliced by ``index``, the first ``vocab`` rows of weight and bias.
 
-    Returns a scalar, or a tensor like labels for reduction "none".
+    Returns a scalar, or a tensor like labels for reduction "none", times ``sign``; ``picked``: without their last dimension.
     """
     hidden = hidden if index is None else hidden[index]
     if vocab is not None:
@@ -46,7 +48,8 @@ def head_loss(
         reduction=reduction,
         dtype=dtype,
     )
-    return loss.reshape(labels.shape) if reduction == "none" else loss
+    loss = loss.reshape(labels.shape[:-1] if picked else labels.shape) if reduction == "none" else loss
+    return loss if sign == 1 else -loss
 
 
 def bind(match: Match) -> list[Replacement]:
