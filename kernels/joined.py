@@ -49,7 +49,10 @@ def rounds_once(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def joined(a: Tensor, b: Tensor, alpha: float, x: Tensor, w: Tensor) -> Tensor:
-    """x w + alpha a b for x [m, k], w [k, n], a [m, r], b [r, n] of one dtype, rounded once to it (fp32 and fp64 as torch does)."""
+    """x w + alpha a b for x [m, k], w [k, n], a [m, r], b [r, n] of one dtype, rounded once to it (fp32 and fp64 as torch does).
+
+    Where ``takes_wide``, a and b may be fp32 beside low-precision x and w.
+    """
     if not x.is_cuda:
         return _record(a, b, alpha, x, w)(a, b, x, w)
     key = (
@@ -85,8 +88,15 @@ def _onto(a: Tensor, b: Tensor, alpha: float, x: Tensor, w: Tensor) -> Tensor:
     return y.addmm_(x, w)
 
 
+def takes_wide(x: Tensor, w: Tensor) -> bool:
+    """Whether fp32 low-rank factors can be summed with low-precision x w here."""
+    return x.is_cuda and x.dtype in LOW and not rounds_once(x.device, x.dtype)
+
+
 def _wide(a: Tensor, b: Tensor, alpha: float, x: Tensor, w: Tensor) -> Tensor:
     wide = torch.mm(x, w, out_dtype=torch.float32)
+    if a.dtype is torch.float32:
+        return wide.addmm_(a, b, alpha=alpha).to(x.dtype)
     return torch.addmm(wide, a, b, alpha=alpha, out_dtype=torch.float32).to(x.dtype)
 
 

@@ -4,6 +4,17 @@ import triton
 import triton.language as tl
 
 
+@triton.jit
+def _low_rank(total, low, high, dtype: tl.constexpr):
+    """total + low high: fp32 factors as two parts each, v = v1 + v2, without the product of the second ones."""
+    if high.dtype == tl.float32:
+        low1, high1 = low.to(dtype), high.to(dtype)
+        low2, high2 = (low - low1.to(tl.float32)).to(dtype), (high - high1.to(tl.float32)).to(dtype)
+        total = tl.dot(low2, high1, tl.dot(low1, high2, total))
+        return tl.dot(low1, high1, total)
+    return tl.dot(low.to(dtype), high, total)
+
+
 @triton.jit(do_not_specialize=["alpha", "M", "N", "K", "R", "sa_m", "sa_r", "sb_r", "sb_n"])
 def joined(x, w, y, a, b, alpha, M, N, K, R, sa_m, sa_r, sb_r, sb_n,
            NK: tl.constexpr, RANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -29,9 +40,9 @@ def joined(x, w, y, a, b, alpha, M, N, K, R, sa_m, sa_r, sb_r, sb_n,
         for r in range(0, R, RANK):
             at = r + rank
             low = tl.load(a + rows.to(tl.int64) * sa_m + at[None, :] * sa_r, mask=(rows < M) & (at[None, :] < R), other=0.0)
-            low = (low.to(tl.float32) * alpha).to(low.dtype)
+            low = low.to(tl.float32) * alpha
             high = tl.load(b + at[:, None] * sb_r + columns.to(tl.int64) * sb_n, mask=(at[:, None] < R) & (columns < N), other=0.0)
-            total = tl.dot(low, high, total)
+            total = _low_rank(total, low, high, y.dtype)
         halves = tl.permute(tl.reshape(total, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
         one, two = tl.split(halves)                                       # half a tile in shared memory at a time
         y.store([row, column], one.to(y.dtype))
@@ -68,7 +79,7 @@ def summed(x0, w0, x1, w1, x2, w2, y, a, b, M, N, R, K0, K1, K2, sa_m, sa_r, sb_
             at = r + rank
             low = tl.load(a + rows.to(tl.int64) * sa_m + at[None, :] * sa_r, mask=(rows < M) & (at[None, :] < R), other=0.0)
             high = tl.load(b + at[:, None] * sb_r + columns.to(tl.int64) * sb_n, mask=(at[:, None] < R) & (columns < N), other=0.0)
-            total = tl.dot(low, high, total)
+            total = _low_rank(total, low.to(tl.float32), high, y.dtype)
         halves = tl.permute(tl.reshape(total, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
         one, two = tl.split(halves)                                       # half a tile in shared memory at a time
         y.store([row, column], one.to(y.dtype))

@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from .joined import joined, rounds_once
+from .joined import joined, rounds_once, takes_wide
+from .split import parts
 
 LOW = (torch.bfloat16, torch.float16)
 ALIGN = 64  # columns; a GEMM's inner size in whole tiles
@@ -119,6 +120,9 @@ def total(terms: Sequence[Term], dtype: torch.dtype, strict: bool) -> torch.Tens
     first, relative to the terms before the last alone, and the last one accumulates onto them.
     """
     rest = [t for t in terms if not isinstance(t[1], Ones)]
+    if len(terms) == len(rest) == 2 and _joins_wide(terms, dtype):
+        (scale, low, high), (_, a, b) = terms
+        return joined(low, high, scale, a, b)
     if strict and dtype in LOW and _rounds(terms, rest, dtype):
         return _strict(terms, dtype)
     ones = [t for t in terms if isinstance(t[1], Ones)]
@@ -135,6 +139,12 @@ def total(terms: Sequence[Term], dtype: torch.dtype, strict: bool) -> torch.Tens
     for alpha, a, b in rest[1:]:
         y = add_product(y, a, b, alpha)
     return y
+
+
+def _joins_wide(terms: Sequence[Term], dtype: torch.dtype) -> bool:
+    """Whether the sum is an fp32 low-rank product and a low-precision one that one kernel adds."""
+    (_, low, high), (alpha, a, b) = terms
+    return alpha == 1 and low.dtype == high.dtype == torch.float32 and a.dtype == b.dtype == dtype and takes_wide(a, b)
 
 
 def rounded(p: torch.Tensor, alpha: float, dtype: torch.dtype) -> torch.Tensor:
@@ -192,15 +202,16 @@ def _mixed(a: torch.Tensor, b: torch.Tensor, alpha: float) -> torch.Tensor:
         wide = torch.promote_types(a.dtype, b.dtype)
         return _gemm(a.to(wide), b.to(wide), alpha, wide)
     if a.dtype is low:
-        sums = _by_spans(a, _cat(_parts(b, low, 3), 1)).split(b.shape[1], 1)
+        sums = _by_spans(a, parts(b, low, 3, 1)).unflatten(-1, (3, b.shape[1]))
+        y = sums.sum((0, 2) if sums.dim() == 4 else 1)
     else:
-        sums = _by_spans(_cat(_parts(a, low, 3), 0), b).split(a.shape[0], 0)
-    y = sums[2] + sums[1] + sums[0]
+        sums = _by_spans(parts(a, low, 3, 0), b).unflatten(-2, (3, a.shape[0]))
+        y = sums.sum((0, 1) if sums.dim() == 4 else 0)
     return y if alpha == 1 else y.mul_(alpha)
 
 
 def _by_spans(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b in fp32 for low-precision a [m, k], b [k, n]: products over spans of k, which are added in fp32 by themselves.
+    """a @ b in fp32 for low-precision a [m, k], b [k, n] as products over spans of k, [spans, m, n], to be added in fp32; [m, n] for one.
 
     On an H100 a sum over 4,096 elements inside one GEMM is 1.4e-6 from the truth, where fp32's own rounding allows 3e-7.
     """
@@ -209,8 +220,10 @@ def _by_spans(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return torch.mm(a, b, out_dtype=torch.float32)
     whole = spans * SPAN
     left = a[:, :whole].unflatten(1, (spans, SPAN)).transpose(0, 1)
-    total = torch.bmm(left, b[:whole].unflatten(0, (spans, SPAN)), out_dtype=torch.float32).sum(0)
-    return total if whole == a.shape[1] else total.add_(torch.mm(a[:, whole:], b[whole:], out_dtype=torch.float32))
+    total = torch.bmm(left, b[:whole].unflatten(0, (spans, SPAN)), out_dtype=torch.float32)
+    if whole < a.shape[1]:
+        total[0].add_(torch.mm(a[:, whole:], b[whole:], out_dtype=torch.float32))
+    return total
 
 
 def _parts(v: torch.Tensor, low: torch.dtype, count: int = 2) -> list[torch.Tensor]:

@@ -57,6 +57,7 @@ class _Text:
         self.plan, self.scales, self.wide = lora_plan("nk", False, True), scales, wide
         self.each = range(len(scales))
         ends = [0, *accumulate(ranks)]
+        self.aligned = all(r % 8 == 0 for r in ranks)                      # cuBLAS rounds twice into columns at odd addresses (H100)
         self.columns = [f"{a}:{b}" for a, b in pairwise(ends)]
         self.inner, self.result = self.plan.forward
         backward = self.plan.backward_for((X, "A", "B"))
@@ -89,10 +90,15 @@ class _Text:
     def towards(self) -> list[str]:
         arguments = [*(f"G{k}" for k in self.each), *(f"{name}{k}" for k in self.each for name in ("W", "B")), "A"]
         u = self.back.name
-        lines = [f"def towards({', '.join(arguments)}):", f"    {u} = G0.new_empty(G0.shape[0], A.shape[0])"]
+        lines = [f"def towards({', '.join(arguments)}):"]
+        if self.aligned:
+            lines.append(f"    {u} = G0.new_empty(G0.shape[0], A.shape[0])")
         for k in self.each:                                               # s U, as both of its readers want it
-            into = f"{u}[:, {self.columns[k]}]"
-            lines.append(f"    {into}.addmm_({self._pair(self.back.terms[0], k)}, beta=0, alpha={self.scales[k]!r})")
+            into = f"{u}[:, {self.columns[k]}]" if self.aligned else f"G0.new_empty(G0.shape[0], B{k}.shape[1])"
+            made = f"{into}.addmm_({self._pair(self.back.terms[0], k)}, beta=0, alpha={self.scales[k]!r})"
+            lines.append(f"    {made}" if self.aligned else f"    {u}{k} = {made}")
+        if not self.aligned:
+            lines.append(f"    {u} = cat(({', '.join(f'{u}{k}' for k in self.each)},), 1)")
         pairs = ", ".join(f"({self._pair(self.dx.terms[1], k)})" for k in self.each)
         return [*lines, f"    # {self.back}", f"    dX = summed(({pairs},), {u}, A)", f"    # {self.dx}", f"    return dX, {u}"]
 

@@ -136,3 +136,24 @@ def test_the_kernel_sums_over_all_pairs(count: int, monkeypatch: pytest.MonkeyPa
     once = float((truth.half().double() - truth).norm() / truth.norm())
     assert error < (1.05 * once if count < 4 else 2.5 * once)
     assert torch.device(DEVICE) not in joined._broken
+
+
+@pytest.mark.usefixtures("triton_kernels")
+@pytest.mark.parametrize("rank", [5, 40])
+def test_fp32_factors_beside_a_low_precision_product(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two parts of each factor: as close as one rounding of the sum, whatever the factors' last bits are."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(joined, "_hopper", lambda device: True)
+        monkeypatch.setattr(joined, "_processors", lambda device: 2)
+        monkeypatch.setattr(joined, "rounds_once", lambda device, dtype: False)
+        monkeypatch.setattr(Tensor, "is_cuda", True)
+    elif not joined._hopper(torch.device(DEVICE)):
+        pytest.skip("no bulk tensor copies")
+    m, n, k = 136, 264, 72
+    made = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(s, generator=made).to(DEVICE, torch.float16) for s in ((m, k), (k, n)))
+    a, b = (torch.randn(s, generator=made).to(DEVICE) for s in ((m, rank), (rank, n)))
+    truth = x.double() @ w.double() + 0.5 * a.double() @ b.double()
+    error = float((joined.joined(a, b, 0.5, x, w).double() - truth).norm() / truth.norm())
+    assert error < 1.05 * float((truth.half().double() - truth).norm() / truth.norm())
+    assert torch.device(DEVICE) not in joined._broken
