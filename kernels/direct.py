@@ -127,7 +127,9 @@ class _Known:
         _agree(compiled.src.signature, names, count, len(direct.descriptors), len(self.tail))
         self.grid = (*direct.grid, 1, 1)[:3]
         self.compiled = compiled                                           # keeps the loaded module
-        self.launch, self.fixed, self.maps = run, (compiled.function, compiled.packed_metadata, None, None, None), []
+        self.maps: list[dict[int, list[Any]]] = []
+        self.launch: Any = run
+        self.fixed: tuple[Any, ...] = (compiled.function, compiled.packed_metadata, None, None, None)
         raw = _raw(run)
         if raw is not None:
             self.launch, cell = raw

@@ -27,6 +27,9 @@ from .siblings_program import Stacked, stacked
 from .tracing import traced
 
 
+_NOTHING: tuple[Tensor, ...] = ()
+
+
 @dataclass(frozen=True)
 class Siblings:
     """What is static of a call: the region's plan (None: x is given), and scale and rank of each linear."""
@@ -91,7 +94,7 @@ def _apart(s: Siblings, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
 def _forward(s: Siblings, tensors: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor, Tensor, Tensor]:
     """(results, what the region keeps, x as rows, T, stacked A)."""
     if s.plan is None:
-        x, more, stored = tensors[0], (), ()
+        x, more, stored = tensors[0], _NOTHING, _NOTHING
     else:
         written = launcher(s.plan.forward)(tensors[: s.reads])
         x, more, stored = written[0], tuple(written[1 : s.plan.results]), tuple(written[s.plan.results :])

@@ -168,7 +168,7 @@ def _unnormalised(view: View, head: _Head, node: fx.Node, op: Op) -> fx.Node:
     """The logits of a log_softmax: the loss's own does nothing more to it. After it come casts and views, or the loss is another."""
     if op.params["dim"] != view.value(node).dim() - 1 or any(fn != "cast" for _, fn, _ in head.steps):
         raise _Stop("the logarithm of a softmax is changed before the loss")
-    if view.dtype(node) != view.dtype(op.args[0]):
+    if view.value(node).dtype != view.value(op.args[0]).dtype:
         head.steps.append((node, "cast", ()))
     head.normalised = node
     return op.args[0]

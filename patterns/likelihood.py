@@ -8,6 +8,7 @@ and log_softmax(log_softmax(z)) = log_softmax(z).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +29,7 @@ class Likelihood:
 
     logits: fx.Node
     labels: fx.Node
-    params: dict[str, Any]
+    params: Mapping[str, Any]
     around: frozenset[fx.Node] = field(default_factory=frozenset)
     sign: float = 1.0
     normalised: bool = False

@@ -112,7 +112,8 @@ def _same_autocast(view: GraphView, inputs: Sequence[fx.Node], results: Sequence
     """The nodes run under the autocast they were captured under, without its cache: leaves are made anew."""
     entered = view.autocast(results[0])
     if entered is not None:
-        return torch.autocast(*entered[:3], cache_enabled=False)
+        kind, dtype, enabled = entered[:3]
+        return torch.autocast(kind, dtype, enabled, cache_enabled=False)
     device = next((v.device.type for v in map(view.example, inputs) if isinstance(v, Tensor)), "cpu")
     if not torch.is_autocast_enabled(device):
         return contextlib.nullcontext()

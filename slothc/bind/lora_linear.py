@@ -27,7 +27,8 @@ def joined_lora_linear(x: Tensor, xa: Tensor | None, weight: Tensor, bias: Tenso
         if c is not None:
             bias = c * scale if bias is None else bias + c * scale
     if len(adapters) == 1:
-        return lora_linear(x, xa, weight, bias, *adapters[0][:2], scales[0], **attrs)
+        a, b = adapters[0][:2]
+        return lora_linear(x, xa, weight, bias, a, b, scales[0], **attrs)
     a = torch.cat([a for a, *_ in adapters])
     b = torch.cat([b if scale == s else b * (scale / s) for (_, b, *_), scale in zip(adapters, scales)], 1)
     return lora_linear(x, xa, weight, bias, a, b, s, **attrs)
