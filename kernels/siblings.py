@@ -26,7 +26,6 @@ from .rowwise import launcher
 from .siblings_program import Stacked, stacked
 from .tracing import traced
 
-
 _NOTHING: tuple[Tensor, ...] = ()
 
 
