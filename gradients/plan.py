@@ -76,7 +76,7 @@ class Plan:
     ``forward`` writes the region's results, then the values it saves. ``backward`` reads, in this order: the operands in
     ``saved_operands`` (numbers of the forward's reads), the saved values, the gradients of the results; it writes the
     gradients of the operands in ``wrt``: operand ``wrt[k]`` gets result ``targets[k]`` (operands whose gradients have one formula, such
-    as the two terms of a sum, share a tensor). ``backward`` is None where no operand is differentiable.
+    as the two terms of a sum, share a tensor), or, where ``targets[k]`` is -1 - r, the gradient of result r itself. ``backward`` is None where no operand is differentiable.
     """
 
     forward: Pass

@@ -39,13 +39,13 @@ class _Function(torch.autograd.Function):
         result: list[Tensor | None] = [None] * (len(plan.forward.reads) + 1)
         for operand, which in zip(plan.wrt, plan.targets):
             if ctx.needs_input_grad[operand + 1]:
-                result[operand + 1] = found[which]
+                result[operand + 1] = found[which] if which >= 0 else gradients[-1 - which]
         return tuple(result)
 
 
 def _backward(plan: Plan, reads: Sequence[Tensor]) -> list[Tensor]:
     assert plan.backward is not None
-    return launcher(plan.backward)(reads)
+    return launcher(plan.backward)(reads) if plan.backward.writes else []
 
 
 def call(plan: Plan) -> Callable[..., Any]:
@@ -126,6 +126,9 @@ def _vjp(ctx: Any, gradients: list[Tensor | None]) -> tuple[list[Tensor | None],
     ]  # fmt: skip
     found = torch.ops.sloth.rowwise_backward([*ctx.saved_tensors, *given], ctx.key)
     for operand, which in zip(plan.wrt, plan.targets):
+        if which < 0:
+            result[operand] = given[-1 - which]
+            continue
         result[operand] = found[which] if plan.targets.count(which) == 1 else found[which].clone()
     return result, None
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._ops import HigherOrderOperator
 
 from . import bind
 from .found import Found, Region
@@ -15,6 +16,7 @@ from .spellings import target_name
 from .view import GraphView
 
 MATRIX = {"linear", "matmul", "baddbmm", "sdpa"}
+CALLS = ("autograd_function_apply", "tag_activation_checkpoint", "wrap", "invoke_subgraph")
 
 
 def traffic(view: GraphView, node: fx.Node) -> int:
@@ -22,8 +24,13 @@ def traffic(view: GraphView, node: fx.Node) -> int:
 
     Dynamic sizes count with the value they had at capture.
     """
-    if node.op not in ("call_function", "call_method") or view.op(node).kind in VIEWS | MATRIX | {"detach"}:
+    op = view.op(node)
+    if node.op not in ("call_function", "call_method") or op.kind in MATRIX | {"detach"}:
         return 0
+    if op.kind in VIEWS and not op.params.get("clone"):
+        return 0
+    if isinstance(node.target, HigherOrderOperator) and target_name(node).startswith(CALLS):
+        return 0                                                           # what it runs is in a graph of its own
     if any(word in str(getattr(node.target, "__name__", node.target)) for word in ("mm", "conv", "einsum", "attention")):
         return 0
     written = _bytes(view.example(node))

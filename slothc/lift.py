@@ -16,7 +16,7 @@ from slothc.gradients.geometry import Access, Axis, Form, Size
 from slothc.gradients.program import Kind, Output, Program
 from slothc.gradients.reverse import without_aliases
 
-from .lift_forms import NotAffine, Split, same
+from .lift_forms import NotAffine, Split, reshape
 from .lift_loader import STORAGE, CannotLift
 from .lift_pointwise import Pointwise
 from .lift_reductions import Reductions
@@ -90,10 +90,10 @@ class _Evaluation(Pointwise, Views, Reductions):
         space = self.space
         for number_, node in enumerate(results):
             shape = shape_of(self.view, node)
-            if node is not results[0] and not (len(shape) == len(space.index) and all(map(same, shape, shape_of(self.view, results[0])))):
-                raise CannotLift(node, "results of one region differ in shape")
+            first = shape_of(self.view, results[0])
+            place = tuple(space.index) if shape == first else reshape(space.index, first, shape, space.axes)
             for combination in space.combinations():
-                index = tuple(fixed(f, combination) for f in space.index)
+                index = tuple(fixed(f, combination) for f in place)
                 value = self._stage(self.load(node, index), None, force=True)
                 access = Access(number_, index)
                 kind = Kind(bool(access.axes - {space.lane}), space.lane in access.axes)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from functools import reduce
+from itertools import product
+from math import prod
 from typing import Any
 
 import sympy as sp
@@ -15,7 +17,7 @@ from slothc.gradients.program import CONST, Input, Reduce, symbol
 from .lift_forms import same
 from .lift_loader import CannotLift, Loader
 from .lift_scalars import SCALAR, number
-from .lift_space import OtherLane, fixed
+from .lift_space import MAX_LANES, OtherLane, fixed
 from .sizes import shape_of
 
 
@@ -61,7 +63,7 @@ class Reductions(Loader):
         source, fn = op.args[0], op.params["fn"]
         rank = len(shape_of(self.view, source))
         if tuple(op.params["dims"]) != (rank - 1,):
-            raise CannotLift(node, f"it reduces over dimensions {tuple(op.params['dims'])}, not the last")
+            return self._few(node, op, index)
         prefix = index[:-1] if op.params["keepdim"] else index
         if fn not in ("sum", "mean", "amax", "amin", "var", "std", "norm", "logsumexp"):
             raise CannotLift(node, f"the reduction {fn} has no formula")
@@ -80,6 +82,26 @@ class Reductions(Loader):
             "logsumexp": lambda: self._reduced("logsumexp", values),
         }
         return self._round(table[fn](), node)
+
+    def _few(self, node: fx.Node, op: Any, index: tuple[Form, ...]) -> sp.Expr:
+        """A reduction over few elements of other dimensions than the last, one load for each."""
+        source, fn, dims = op.args[0], op.params["fn"], tuple(op.params["dims"])
+        shape = shape_of(self.view, source)
+        sizes = [shape[d] for d in dims]
+        if not all(isinstance(n, int) for n in sizes) or not 0 < prod(sizes) <= MAX_LANES or fn not in ("sum", "mean"):
+            raise CannotLift(node, f"it reduces over dimensions {dims}, not the last")
+        if not self.view.dtype(source).is_floating_point:
+            raise CannotLift(node, "a reduction of integers")
+        kept = iter(index if not op.params["keepdim"] else [f for d, f in enumerate(index) if d not in dims])
+        rest = [None if d in dims else next(kept) for d in range(len(shape))]
+        values = []
+        for place in product(*map(range, sizes)):
+            at = dict(zip(dims, map(Form.of, place)))
+            values.append(self.load(source, tuple(at.get(d, f) for d, f in enumerate(rest))))
+        total = values[0]
+        for value in values[1:]:
+            total = self._stage(total + value, None)
+        return self._round(total / len(values) if fn == "mean" else total, node)
 
     def _softmax(self, node: fx.Node, op: Any, index: tuple[Form, ...]) -> sp.Expr:
         source = op.args[0]

@@ -9,8 +9,9 @@ from torch import fx
 
 from slothc.gradients.geometry import Form
 
-from .lift_forms import part, reshape
+from .lift_forms import divmod_form, part, reshape
 from .lift_loader import CannotLift, Loader
+from .lift_scalars import number
 from .sizes import shape_of
 
 
@@ -60,6 +61,52 @@ class Views(Loader):
         dim = op.params["dim"]
         which, _ = part(index[dim], [1] * len(op.args), self.space.axes, self.space.lane)
         return self.load(op.args[which], (*index[:dim], *index[dim + 1 :]))
+
+    def _pad(self, node: fx.Node, op: Any, index: tuple[Form, ...]) -> sp.Expr:
+        back: list[Form] = []
+        for form, size, (low, high) in zip(index, shape_of(self.view, op.args[0]), op.params["pads"]):
+            before = Form.of(max(0, -low))                                 # a negative width cuts
+            widths = (max(0, low), size + min(0, low) + min(0, high), max(0, high))
+            which, inside = part(form, widths, self.space.axes, self.space.lane) if low > 0 or high > 0 else (1, form)
+            if which != 1:
+                return number(op.params["value"])
+            back.append(inside + before)
+        return self.load(op.args[0], tuple(back))
+
+    def _write(self, node: fx.Node, op: Any, index: tuple[Form, ...]) -> sp.Expr:
+        """The value where the element is in the part that is written, what was there before elsewhere."""
+        (x, value), inner = op.args, list[Form]()
+        forms = iter(zip(index, shape_of(self.view, x)))
+        for item in op.params["items"]:
+            if item is None:
+                inner.append(Form())
+                continue
+            form, size = next(forms)
+            start, stop = (item, item + 1) if not isinstance(item, slice) else (item.start or 0, size if item.stop is None else item.stop)
+            which, inside = part(form, (start, stop - start, size - stop), self.space.axes, self.space.lane) if item != slice(None) else (1, form)
+            if which != 1:
+                return self.load(x, index)
+            if isinstance(item, slice):
+                inner.append(inside)
+        return self._round(self._broadcast(value, tuple(inner)), node)
+
+    def _empty(self, node: fx.Node, op: Any, index: tuple[Form, ...]) -> sp.Expr:
+        raise CannotLift(node, "memory without a value")
+
+    def _full(self, node: fx.Node, op: Any, index: tuple[Form, ...]) -> sp.Expr:
+        return number(op.params["value"])
+
+    def _repeat_interleave(self, node: fx.Node, op: Any, index: tuple[Form, ...]) -> sp.Expr:
+        dim = op.params["dim"]
+        which, _ = divmod_form(index[dim], op.params["repeats"], self.space.axes)
+        return self.load(op.args[0], (*index[:dim], which, *index[dim + 1 :]))
+
+    def _repeat(self, node: fx.Node, op: Any, index: tuple[Form, ...]) -> sp.Expr:
+        shape = shape_of(self.view, op.args[0])
+        own = index[len(index) - len(shape) :]
+        counts = op.params["repeats"][len(index) - len(shape) :]
+        back = (f if n == 1 else divmod_form(f, size, self.space.axes)[1] for f, size, n in zip(own, shape, counts))
+        return self.load(op.args[0], tuple(back))
 
     def _item(self, node: fx.Node, op: Any, index: tuple[Form, ...]) -> sp.Expr:
         source = op.args[0]

@@ -15,7 +15,7 @@ from torch import fx
 
 from slothc.gradients.geometry import Access, Axis, Form, Size
 from slothc.gradients.plan import Operand, Pass, Plan
-from slothc.gradients.program import Input, Output, Program
+from slothc.gradients.program import Input, Output, Program, symbol
 from slothc.gradients.reverse import NotDifferentiable, derive
 
 from .lift import CannotLift, Lifted
@@ -222,9 +222,12 @@ def _joined(forward: Pass, backward: Program, wrt: tuple[int, ...]) -> Plan:
     stores = tuple(_as_access(load[o.name.removeprefix("d_")]) for o in backward.outputs)
     backward = _folding(forward, backward, stores)
     targets, backward, stores = _shared(forward, backward, stores, wrt)
+    passed, backward, stores = _passed(forward, backward, stores)
     loads = tuple(_load(i, load, store, kept, numbering) for i in backward.inputs)
-    first = [wrt[targets.index(k)] for k in range(max(targets) + 1)]
+    first = [t for k in range(max(targets) + 1) if (t := wrt[targets.index(k)]) not in passed]
     renumber = {t: k for k, t in enumerate(first)}
+    leaders = [wrt[targets.index(k)] for k in targets]
+    targets = tuple(-1 - passed[t] if t in passed else renumber[t] for t in leaders)
     stores = tuple(Access(renumber[a.tensor], a.index) for a in stores)
     reads = (*(forward.reads[t] for t in saved_operands), *(t for _, _, t in extra), *forward.writes)
     sizes = tuple((n, e) for n, e in forward.sizes if n in backward.input)
@@ -258,6 +261,27 @@ def _shared(
     firsts = list(dict.fromkeys(leader[t] for t in wrt))
     program = Program(backward.inputs, backward.stages, tuple(backward.outputs[k] for k in kept)).pruned()
     return tuple(firsts.index(leader[t]) for t in wrt), program, tuple(stores[k] for k in kept)
+
+
+def _passed(forward: Pass, backward: Program, stores: tuple[Access, ...]) -> tuple[dict[int, int], Program, tuple[Access, ...]]:
+    """Operands whose gradient is a result's cotangent, element by element: (operand -> result), and the program without them."""
+    cotangent = {symbol(f"g_{o.name}"): a for o, a in zip(forward.program.outputs, forward.stores)}
+    found: dict[int, int] = {}
+    for o, a in zip(backward.outputs, stores):
+        given = cotangent.get(_value(backward, o.value))
+        alone = sum(b.tensor == a.tensor for b in stores) == 1 and not o.over_rows
+        if alone and given is not None and given.index == a.index and _alike(forward, a, given):
+            found[a.tensor] = given.tensor
+    kept = [k for k, a in enumerate(stores) if a.tensor not in found]
+    program = Program(backward.inputs, backward.stages, tuple(backward.outputs[k] for k in kept)).pruned()
+    return found, program, tuple(stores[k] for k in kept)
+
+
+def _alike(forward: Pass, operand: Access, result: Access) -> bool:
+    """Whether both tensors are of one shape and dtype, and the pass writes the result in one piece."""
+    read, written = forward.reads[operand.tensor], forward.writes[result.tensor]
+    whole = sum(a.tensor == result.tensor for a in forward.stores) == 1
+    return whole and read.shape == written.shape and read.dtype == written.dtype and not read.complex
 
 
 def _value(program: Program, name: str) -> object:

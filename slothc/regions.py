@@ -15,8 +15,10 @@ from torch import fx
 
 from .view import GraphView
 
-ARITHMETIC = {"pointwise", "reduce", "norm", "softmax", "cat", "stack", "cast", "complex"}
+ARITHMETIC = {"pointwise", "reduce", "norm", "softmax", "cat", "stack", "pad", "write", "repeat", "repeat_interleave", "cast", "complex"}
+JOINS = {"cat", "stack", "pad", "write"}
 VIEWS = {"identity", "reshape", "permute", "expand", "index", "split", "item"}
+FILLED = {"full", "empty"}              # values that nothing is read for: part of a cone, never all of it
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -47,7 +49,7 @@ class Growth:
         if node in self.taken or not view.alive(node) or node.op in ("placeholder", "output", "get_attr"):
             return False
         kind = view.op(node).kind
-        if (kind not in ARITHMETIC and kind not in VIEWS) or view.mutated(node):
+        if kind not in ARITHMETIC | VIEWS | FILLED or view.mutated(node):
             return False
         value = view.example(node)
         if kind == "split":

@@ -10,7 +10,7 @@ from torch import fx
 
 from slothc.patterns.meaning import Op
 
-from .spellings_call import Call, Decline, Row, node_of, same_kind, same_shape
+from .spellings_call import Call, Decline, Row, is_number, node_of, same_kind, same_shape
 
 
 def _identity_or(call: Call, op: Op) -> Op:
@@ -100,7 +100,28 @@ def getitem(call: Call) -> Op:
     items = key if isinstance(key, tuple) else (key,)
     if _keeps_all(items) and same_kind(value, call.out):
         return Op("identity", (x,))
+    if any(isinstance(item, list) for item in items):
+        return _copied(_indexed(call, x, _items(_runs(items), value)))
     return _indexed(call, x, _items(items, value))
+
+
+def _runs(items: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The one list among slices as the slice that it spells: numbers that count up by one, from either end."""
+    lists = [item for item in items if isinstance(item, list)]
+    plain = all(item is None or item is Ellipsis or isinstance(item, slice | list) for item in items)
+    numbers = lists[0]
+    whole = all(isinstance(n, int) and not isinstance(n, bool) for n in numbers)
+    if len(lists) != 1 or not plain or not numbers or not whole or any(b - a != 1 for a, b in zip(numbers, numbers[1:])):
+        raise Decline("indexed by a list")
+    first, last = numbers[0], numbers[-1]
+    if first < 0 <= last:
+        raise Decline("indexed by a list that goes round")
+    return tuple(slice(first, last + 1 or None) if isinstance(item, list) else item for item in items)
+
+
+def _copied(op: Op) -> Op:
+    """The same elements in memory of their own."""
+    return Op(op.kind, op.args, {**op.params, "clone": True})
 
 
 def _keeps_all(items: tuple[Any, ...]) -> bool:
@@ -215,12 +236,52 @@ def _repeat(call: Call) -> Op:
     return _identity_or(call, Op("repeat", (x,), {"repeats": repeats}))
 
 
+def _pad(call: Call) -> Op:
+    x, widths, value = node_of(call["x"]), call["sizes"], call["value"]
+    if call["mode"] != "constant" or not all(isinstance(w, int) for w in widths) or not (value is None or is_number(value)):
+        raise Decline("padded by nodes, or by values of its own")
+    if not any(widths):
+        return Op("identity", (x,), {"clone": True})
+    rank = call.value(x).dim()
+    pads = [(0, 0)] * (rank - len(widths) // 2) + [(widths[k], widths[k + 1]) for k in range(len(widths) - 2, -1, -2)]
+    return Op("pad", (x,), {"pads": tuple(pads), "value": value or 0})
+
+
+def _full(value: float | None) -> Callable[[Call], Op]:
+    """A tensor of one number; ``value`` None: the call says which."""
+
+    def make(call: Call) -> Op:
+        number = call["value"] if value is None else value
+        if not is_number(number) or not (call.out.is_floating_point() or call.out.dtype == torch.bool):
+            raise Decline("filled with a node, or with integers")
+        return Op("full", (), {"value": number})
+
+    return make
+
+
+def _written(call: Call) -> Op:
+    x, key, value = node_of(call["x"]), call["key"], call["value"]
+    if not isinstance(value, fx.Node) and not is_number(value):
+        raise Decline("written from something that is neither a tensor nor a number")
+    items = _items(key if isinstance(key, tuple) else (key,), call.value(x))
+    if any(isinstance(i, slice) and i.step not in (None, 1) for i in items):
+        raise Decline("written in steps")
+    return Op("write", (x, value), {"items": items})
+
+
+def _empty(call: Call) -> Op:
+    return Op("empty")
+
+
 def _complex(fn: str) -> Callable[[Call], Op]:
     return lambda call: Op("complex", (node_of(call["x"]),), {"fn": fn})
 
 
 def _complex_pair(fn: str) -> Callable[[Call], Op]:
     return lambda call: Op("complex", (node_of(call["x"]), node_of(call["other"])), {"fn": fn})
+
+
+_NEW = dict.fromkeys(("dtype", "device", "layout", "memory_format", "pin_memory", "out"))
 
 
 def _rows() -> dict[str, Row]:
@@ -254,6 +315,16 @@ def _rows() -> dict[str, Row]:
     put("unbind", "x dim", _unbind, dim=0)
     put("repeat_interleave", "x repeats dim", _repeat_interleave, dim=None, output_size=None)
     put("repeat tile", "x *repeats", _repeat)
+    put("pad constant_pad_nd", "x sizes mode value", _pad, mode="constant", value=None)
+    for name, number in (("zeros", 0), ("ones", 1)):
+        put(f"{name}_like new_{name}", "x *sizes", _full(number), **_NEW)
+        put(name, "*sizes", _full(number), **_NEW)
+    put("empty_like new_empty", "x *sizes", _empty, **_NEW)
+    put("empty", "*sizes", _empty, **_NEW)
+    put("written", "x key value", _written)
+    put("full_like", "x value", _full(None), **_NEW)
+    put("new_full", "x sizes value", _full(None), **_NEW)
+    put("full", "sizes value", _full(None), **_NEW)
     put("view_as_complex", "x", _complex("view_as_complex"))
     put("view_as_real", "x", _complex("view_as_real"))
     put("real", "x", _complex("real"))
