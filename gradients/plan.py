@@ -11,12 +11,24 @@ from .program import Program
 
 
 @dataclass(frozen=True)
+class Lookup:
+    """Rows looked up: dimension ``dim`` of the tensor is read where the integer tensor ``index`` (a number among the reads) says.
+
+    The operand's shape is that of the result, [..., *index's shape, ...]. A row ``skipped`` gets no gradient (a padding row).
+    """
+
+    index: int
+    dim: int
+    skipped: int | None = None
+
+
+@dataclass(frozen=True)
 class Operand:
     """A tensor that a pass reads or writes: its shape (ints or expressions over size symbols) and storage dtype.
 
     ``order``: its dimensions from the outermost in memory to the innermost; results are allocated that way. ``zero``: a result that the
     pass fills only in part starts as zeros. ``complex``: a complex tensor, read as one of pairs [..., 2].
-    ``number``: no tensor but a Python number that differs from call to call.
+    ``number``: no tensor but a Python number that differs from call to call. ``lookup``: the tensor is a table, see ``Lookup``.
     """
 
     shape: tuple[Size, ...]
@@ -25,6 +37,7 @@ class Operand:
     zero: bool = False
     complex: bool = False
     number: bool = False
+    lookup: Lookup | None = None
 
 
 @dataclass(frozen=True)
@@ -60,7 +73,7 @@ class Pass:
         head = f"axes {', '.join(f'{a.name}:{a.size}' for a in self.axes)}; lane {self.lane.name}:{self.lane.size}"
         loads = "; ".join(f"{i.name}={a}" for i, a in zip(self.program.inputs, self.loads))
         stores = "; ".join(f"{o.name}={a}" for o, a in zip(self.program.outputs, self.stores))
-        tensors = "; ".join(f"{t.shape} {t.dtype} {t.order} {t.zero} {t.complex} {t.number}" for t in self.reads + self.writes)
+        tensors = "; ".join(f"{t.shape} {t.dtype} {t.order} {t.zero} {t.complex} {t.number} {t.lookup or ''}" for t in self.reads + self.writes)
         head += "".join(f"; {n} = {e}" for n, e in self.sizes)
         return "\n".join((head, self.program.text(), loads, stores, tensors))
 
@@ -76,7 +89,7 @@ class Plan:
     ``forward`` writes the region's results, then the values it saves. ``backward`` reads, in this order: the operands in
     ``saved_operands`` (numbers of the forward's reads), the saved values, the gradients of the results; it writes the
     gradients of the operands in ``wrt``: operand ``wrt[k]`` gets result ``targets[k]`` (operands whose gradients have one formula, such
-    as the two terms of a sum, share a tensor), or, where ``targets[k]`` is -1 - r, the gradient of result r itself. ``backward`` is None where no operand is differentiable.
+    as the two terms of a sum, share a tensor; that of a table is the gradient of the rows looked up), or, where ``targets[k]`` is -1 - r, the gradient of result r itself. ``backward`` is None where no operand is differentiable.
     """
 
     forward: Pass

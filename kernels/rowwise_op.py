@@ -13,6 +13,7 @@ import torch
 from slothc.gradients.plan import Plan
 from torch import Tensor
 
+from .lookup import spread
 from .rowwise import launcher
 
 PLANS: dict[str, Plan] = {}
@@ -28,7 +29,7 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: Plan, *operands: Tensor) -> Any:
         written = launcher(plan.forward)(operands)
-        ctx.plan = plan
+        ctx.plan, ctx.shapes = plan, _table_shapes(plan, operands)
         ctx.save_for_backward(*(operands[k] for k in plan.saved_operands), *written[plan.results :])
         return written[0] if plan.results == 1 else tuple(written[: plan.results])
 
@@ -39,8 +40,22 @@ class _Function(torch.autograd.Function):
         result: list[Tensor | None] = [None] * (len(plan.forward.reads) + 1)
         for operand, which in zip(plan.wrt, plan.targets):
             if ctx.needs_input_grad[operand + 1]:
-                result[operand + 1] = found[which] if which >= 0 else gradients[-1 - which]
+                value = found[which] if which >= 0 else gradients[-1 - which]
+                result[operand + 1] = _whole(plan, operand, value, ctx.saved_tensors, ctx.shapes)
         return tuple(result)
+
+
+def _table_shapes(plan: Plan, operands: Sequence[Tensor]) -> dict[int, torch.Size]:
+    """The shapes of the tables that get a gradient, by operand."""
+    return {k: operands[k].shape for k in plan.wrt if plan.forward.reads[k].lookup is not None}
+
+
+def _whole(plan: Plan, operand: int, gradient: Tensor, saved: Sequence[Tensor], shapes: dict[int, torch.Size]) -> Tensor:
+    """The operand's gradient: a table's from that of its rows."""
+    lookup = plan.forward.reads[operand].lookup
+    if lookup is None:
+        return gradient
+    return spread(gradient, lookup, saved[plan.saved_operands.index(lookup.index)], shapes[operand])
 
 
 def _backward(plan: Plan, reads: Sequence[Tensor]) -> list[Tensor]:
@@ -98,19 +113,19 @@ for _key in ("CPU", "CUDA"):
 
 @torch.library.register_fake("sloth::rowwise", lib=_library)
 def _fake_forward(operands: list[Tensor], plan: str) -> list[Tensor]:
-    return launcher(PLANS[plan].forward).torch.binder.allocate(operands)
+    return launcher(PLANS[plan].forward).torch.allocate(operands)
 
 
 @torch.library.register_fake("sloth::rowwise_backward", lib=_library)
 def _fake_backward(reads: list[Tensor], plan: str) -> list[Tensor]:
     p = PLANS[plan].backward
     assert p is not None
-    return launcher(p).torch.binder.allocate(reads)
+    return launcher(p).torch.allocate(reads)
 
 
 def _setup(ctx: Any, inputs: tuple[list[Tensor], str], output: list[Tensor]) -> None:
     operands, key = inputs
-    ctx.key, ctx.count = key, len(operands)
+    ctx.key, ctx.count, ctx.tables = key, len(operands), _table_shapes(PLANS[key], operands)
     ctx.save_for_backward(*(operands[k] for k in PLANS[key].saved_operands), *output[PLANS[key].results :])
     ctx.shapes = [(o.shape, o.dtype, o.device) for o in output[: PLANS[key].results]]
 
@@ -126,10 +141,9 @@ def _vjp(ctx: Any, gradients: list[Tensor | None]) -> tuple[list[Tensor | None],
     ]  # fmt: skip
     found = torch.ops.sloth.rowwise_backward([*ctx.saved_tensors, *given], ctx.key)
     for operand, which in zip(plan.wrt, plan.targets):
-        if which < 0:
-            result[operand] = given[-1 - which]
-            continue
-        result[operand] = found[which] if plan.targets.count(which) == 1 else found[which].clone()
+        value = found[which] if which >= 0 else given[-1 - which]
+        value = _whole(plan, operand, value, ctx.saved_tensors, ctx.tables)
+        result[operand] = value if plan.targets.count(which) == 1 else value.clone()
     return result, None
 
 

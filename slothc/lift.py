@@ -17,7 +17,7 @@ from slothc.gradients.program import Kind, Output, Program
 from slothc.gradients.reverse import without_aliases
 
 from .lift_forms import NotAffine, Split, reshape
-from .lift_loader import STORAGE, CannotLift
+from .lift_loader import STORAGE, CannotLift, LeafLookup
 from .lift_pointwise import Pointwise
 from .lift_reductions import Reductions
 from .lift_space import OtherLane, Space, TellsParts, fixed
@@ -33,6 +33,7 @@ class Lifted:
     """A region's formula: the program, its space, and where each input is read and each output written.
 
     ``leaves``: the operands, in order. ``loads``: per program input. ``stores``: per program output, numbering ``results``.
+    ``lookups``: the leaves that are tables, and how they are read.
     """
 
     program: Program
@@ -43,6 +44,7 @@ class Lifted:
     loads: tuple[Access | None, ...]
     stores: tuple[Access, ...]
     sizes: tuple[tuple[str, Size], ...]
+    lookups: tuple[tuple[int, LeafLookup], ...] = ()
 
 
 def lift(view: GraphView, region: set[fx.Node], results: Sequence[fx.Node]) -> Lifted:
@@ -65,6 +67,8 @@ def _attempted(attempt: _Evaluation, results: Sequence[fx.Node]) -> Lifted | Non
     try:
         return attempt.run(results)
     except Split as split:
+        if split.axis not in space.axes:
+            raise NotAffine("a dimension that is looked up is cut") from None
         space.split(split.axis, split.inner, split.blocked)
     except TellsParts as parts:
         space.unroll_pairs(parts.axis)
@@ -104,4 +108,6 @@ class _Evaluation(Pointwise, Views, Reductions):
         sizes = (("D", space.lane_count()),) if "D" in program.input else ()
         axes = tuple(Axis(a, space.axes[a]) for a in space.rows)
         lane = Axis(space.lane, space.axes.get(space.lane, 1))
-        return Lifted(program, axes, lane, tuple(self.leaves), tuple(results), tuple(self.loads[k] for k in kept), tuple(stores), sizes)
+        loads = tuple(self.loads[k] for k in kept)
+        lookups = tuple(sorted(self.lookups.items()))
+        return Lifted(program, axes, lane, tuple(self.leaves), tuple(results), loads, tuple(stores), sizes, lookups)

@@ -15,7 +15,10 @@ from torch import fx
 
 from .view import GraphView
 
-ARITHMETIC = {"pointwise", "reduce", "norm", "softmax", "cat", "stack", "pad", "write", "repeat", "repeat_interleave", "cast", "complex"}
+ARITHMETIC = {
+    "pointwise", "reduce", "norm", "softmax", "cast", "complex", "cat", "stack", "pad", "write", "gather", "embedding", "repeat",
+    "repeat_interleave",
+}  # fmt: skip
 JOINS = {"cat", "stack", "pad", "write"}
 VIEWS = {"identity", "reshape", "permute", "expand", "index", "split", "item"}
 FILLED = {"full", "empty"}              # values that nothing is read for: part of a cone, never all of it

@@ -100,9 +100,35 @@ def getitem(call: Call) -> Op:
     items = key if isinstance(key, tuple) else (key,)
     if _keeps_all(items) and same_kind(value, call.out):
         return Op("identity", (x,))
+    if any(isinstance(item, fx.Node) for item in items):
+        return _looked_up(call, x, items)
     if any(isinstance(item, list) for item in items):
         return _copied(_indexed(call, x, _items(_runs(items), value)))
     return _indexed(call, x, _items(items, value))
+
+
+def _looked_up(call: Call, x: fx.Node, items: tuple[Any, ...]) -> Op:
+    """One integer tensor among whole slices: rows of ``x`` looked up."""
+    at = [k for k, item in enumerate(items) if isinstance(item, fx.Node)]
+    rest = [item for k, item in enumerate(items) if k not in at]
+    if len(at) != 1 or not all(isinstance(item, slice) and item == slice(None) for item in rest[: at[0]]):
+        raise Decline("indexed by tensors or nodes")
+    if not all(item is Ellipsis or (isinstance(item, slice) and item == slice(None)) for item in rest[at[0] :]):
+        raise Decline("indexed by a tensor among other things")
+    return _gather(call, x, at[0], node_of(items[at[0]]))
+
+
+def _gather(call: Call, x: fx.Node, dim: int, index: fx.Node) -> Op:
+    if call.value(index).dtype not in (torch.int64, torch.int32):
+        raise Decline("indexed by flags")
+    return Op("gather", (x, index), {"dim": dim})
+
+
+def _index_select(call: Call) -> Op:
+    x, index = node_of(call["x"]), node_of(call["index"])
+    if call.value(index).dim() != 1:
+        raise Decline("selected at one number")
+    return _gather(call, x, call.dim(call["dim"], call.value(x).dim()), index)
 
 
 def _runs(items: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -306,6 +332,7 @@ def _rows() -> dict[str, Row]:
     put("getitem __getitem__", "x key", getitem)
     put("narrow", "x dim start length", _narrow)
     put("select", "x dim index", _select)
+    put("index_select", "x dim index", _index_select)
     put("slice", "x dim start end step", _slice, dim=0, start=None, end=None, step=1)
     put("cat concat concatenate", "tensors dim", _cat, dim=0)
     put("stack", "tensors dim", _stack, dim=0)
