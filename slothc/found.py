@@ -24,6 +24,7 @@ from .structure import structure
 from .view import GraphView
 
 ATTEMPTS = 8
+PRODUCERS = {"pointwise", "embedding", "gather", "reshape", "identity"}
 
 
 @dataclass(frozen=True)
@@ -205,7 +206,7 @@ def _with_producer(found: Found, growth: Growth, region: Region) -> Region:
             continue
         inner = growth.grow(leaf)
         computed = {view.op(n).kind for n in inner.nodes} & ARITHMETIC
-        if view.op(leaf).kind not in ("pointwise", "reshape", "identity") or not computed or not _as_large(view, leaf, cone.sink):
+        if view.op(leaf).kind not in PRODUCERS or not computed or not _as_large(view, leaf, cone.sink):
             continue
         merged = Cone(cone.nodes | inner.nodes, (cone.sink, leaf))
         if not placeable(view, growth, merged):

@@ -157,8 +157,10 @@ class Loader:
             self.lookups[len(self.leaves) - 1] = lookup
         return len(self.leaves) - 1
 
-    def _looked_up(self, index: fx.Node, at: tuple[Form, ...], size: Size, skipped: int | None = None) -> Form:
+    def _looked_up(self, node: fx.Node, index: fx.Node, at: tuple[Form, ...], size: Size, skipped: int | None = None) -> Form:
         """The value of an integer tensor as if it were an axis of its own."""
+        if any(a not in self.space.axes for f in at for a in f.axes):
+            raise CannotLift(node, "it is looked up at an index that is looked up itself")
         name = self.indirect.setdefault((index, at, skipped), f"@{len(self.indirect)}")
         self.sizes[name] = size
         return Form.axis(name)

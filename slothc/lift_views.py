@@ -111,12 +111,12 @@ class Views(Loader):
     def _gather(self, node: fx.Node, op: Any, index: tuple[Form, ...]) -> sp.Expr:
         (x, table), dim = op.args, op.params["dim"]
         rank = len(shape_of(self.view, table))
-        row = self._looked_up(table, index[dim : dim + rank], shape_of(self.view, x)[dim])
+        row = self._looked_up(node, table, index[dim : dim + rank], shape_of(self.view, x)[dim])
         return self.load(x, (*index[:dim], row, *index[dim + rank :]))
 
     def _embedding(self, node: fx.Node, op: Any, index: tuple[Form, ...]) -> sp.Expr:
         table, weight = op.args
-        row = self._looked_up(table, index[:-1], shape_of(self.view, weight)[0], op.params["padding_idx"])
+        row = self._looked_up(node, table, index[:-1], shape_of(self.view, weight)[0], op.params["padding_idx"])
         return self.load(weight, (row, index[-1]))
 
     def _item(self, node: fx.Node, op: Any, index: tuple[Form, ...]) -> sp.Expr:
