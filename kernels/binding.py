@@ -117,6 +117,8 @@ class Binder:
     def _shape(self, tensor: int, reads: Sequence[Tensor]) -> tuple[int, ...]:
         """The operand's shape; a table's with the index's in place of the dimension that is looked up."""
         shape, lookup = tuple(reads[tensor].shape), self.p.reads[tensor].lookup
+        if lookup is not None and lookup.along:
+            return tuple(reads[lookup.index].shape)
         return shape if lookup is None else (*shape[: lookup.dim], *reads[lookup.index].shape, *shape[lookup.dim + 1 :])
 
     def _load(self, access: Access, reads: Sequence[Tensor], values: tuple[int, ...]) -> Placement:
@@ -125,9 +127,10 @@ class Binder:
         if lookup is None:
             return self._place(access, strides, values)
         index, d = reads[lookup.index], lookup.dim
-        rank = index.dim()
-        own = self._place(access, (*strides[:d], *[0] * rank, *strides[d + 1 :]), values)
-        which = self._place(access, (*[0] * d, *index.stride(), *[0] * (len(strides) - 1 - d)), values)
+        beside = index.dim() if not lookup.along else 1
+        own = self._place(access, (*strides[:d], *[0] * beside, *strides[d + 1 :]), values)
+        around = (d, len(strides) - 1 - d) if not lookup.along else (0, 0)
+        which = self._place(access, (*[0] * around[0], *index.stride(), *[0] * around[1]), values)
         which = replace(which, tensor=lookup.index)
         return replace(own, table=TablePlacement(which, strides[d], reads[access.tensor].shape[d]))
 

@@ -7,8 +7,14 @@ from slothc.gradients.plan import Lookup
 from torch import Tensor
 
 
-def look_up(table: Tensor, dim: int, index: Tensor) -> Tensor:
-    """``table`` with dimension ``dim`` read at ``index``: [..., *index's shape, ...]. Raises ``IndexError`` outside the table."""
+def look_up(table: Tensor, lookup: Lookup, index: Tensor) -> Tensor:
+    """``table`` with one dimension read at ``index``: [..., *index's shape, ...], or the index's shape where each element has its own.
+
+    Raises ``IndexError`` or ``RuntimeError`` outside the table.
+    """
+    dim = lookup.dim
+    if lookup.along:
+        return table.gather(dim, index)
     flat = table.index_select(dim, counted(index, table.shape[dim]).reshape(-1))
     return flat.reshape(*table.shape[:dim], *index.shape, *table.shape[dim + 1 :])
 
@@ -20,6 +26,8 @@ def counted(index: Tensor, size: int) -> Tensor:
 
 def spread(gradient: Tensor, lookup: Lookup, index: Tensor, shape: torch.Size) -> Tensor:
     """The table's gradient from that of its looked-up rows: rows that were read several times are summed, as eager sums them."""
+    if lookup.along:
+        return gradient.new_zeros(shape).scatter_add(lookup.dim, index, gradient)
     if lookup.dim == 0:
         rows, flat = gradient.reshape(index.numel(), -1), counted(index, shape[0]).reshape(-1)
         skipped = -1 if lookup.skipped is None else lookup.skipped

@@ -78,7 +78,7 @@ class TorchLauncher(Recorded):
             return reads
         found = list(reads)
         for k, lookup in self.tables:
-            found[k] = look_up(reads[k], lookup.dim, reads[lookup.index])
+            found[k] = look_up(reads[k], lookup, reads[lookup.index])
         return found
 
     @functools.cached_property

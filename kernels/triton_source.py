@@ -97,8 +97,9 @@ def tensors(p: Pass) -> list[int]:
 
 def _table_arguments(p: Pass, groups: Groups, label: str, number: int, access: Access, lookup: Lookup) -> list[tuple[str, int, str]]:
     """The arguments of a table's access: the index's (``j_...``), then those of the other dimensions."""
-    rank, d = len(p.reads[lookup.index].shape), lookup.dim
-    parts = {"j_": access.index[d : d + rank], "": (*access.index[:d], *access.index[d + rank :])}
+    rank, d = len(p.reads[lookup.index].shape) if not lookup.along else 1, lookup.dim
+    which = access.index if lookup.along else access.index[d : d + rank]
+    parts = {"j_": which, "": (*access.index[:d], *access.index[d + rank :])}
     found = [(f"g_{label}", number, "step"), (f"c_{label}", number, "count")]
     for prefix, forms in parts.items():
         axes = {a for f in forms for a in f.axes}

@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import sympy as sp
 import torch
 from torch import fx
 
+from .lift_forms import same
+from .sizes import shape_of
 from .spellings import target_name
 from .view import GraphView
 from .written import write_into, written
@@ -27,55 +30,89 @@ _OPERATORS: dict[Any, Callable[..., Any]] = {
 _METHODS = set("add_ sub_ mul_ div_ neg_ exp_ sqrt_ rsqrt_ sigmoid_ tanh_ relu_ clamp_ clamp_min_ clamp_max_ masked_fill_".split())
 _FILLS = {"copy_", "fill_", "zero_"}
 _VIEWS = {"index", "reshape", "permute", "expand", "identity", "split", "item"}
+_WHOLE = _VIEWS - {"split", "item", "expand"}
 PLACE = "sloth_in_place"                  # in a node's meta: the target that does the same in place
 
 
 @dataclass(frozen=True)
 class _Write:
-    """A write at ``node``: ``view`` is the part of the memory it goes to (None: all of it)."""
+    """A write at ``node``: ``view`` is the part of the memory it goes to (None: all of it).
+
+    ``echo``: ``x[key] += y`` ends with ``x[key] = x[key]``, which does nothing more.
+    """
 
     node: fx.Node
     view: fx.Node | None
+    echo: fx.Node | None = None
 
 
 def functional(view: GraphView) -> bool:
     """Rewrite the graph of ``view`` as above, where it can be done; whether anything changed (the view is then out of date)."""
     if not any(view.op(n).params.get("mutates") for n in view.nodes):
         return False
-    order = {n: k for k, n in enumerate(view.nodes)}
+    order = view.order
     changed = False
     for members in view.memories():
-        writes = _writes(view, members, order)
-        if writes:
-            _Versions(view, members[0], order).through(writes)
+        base = _base(view, members)
+        writes = [] if base is None else _writes(view, base, members, order)
+        if base is not None and writes:
+            _Versions(view, base, order).through(writes)
             changed = True
     return changed
 
 
-def _writes(view: GraphView, members: Sequence[fx.Node], order: dict[fx.Node, int]) -> list[_Write]:
-    """The writes to one piece of memory in order; none where they cannot be told as values."""
+def _base(view: GraphView, members: Sequence[fx.Node]) -> fx.Node | None:
+    """The node that stands for the memory: where it is made, or the one view of all of it that everything else goes through."""
     base = members[0]
     if base.op not in ("call_function", "call_method") or not isinstance(view.example(base), torch.Tensor) or view.op(base).kind in _VIEWS:
-        return []
+        return None
+    while len(base.users) == 1:
+        node = next(iter(base.users))
+        if node not in members or view.op(node).kind not in _WHOLE or not _as_large(view, node, base):
+            break
+        base = node
+    return base
+
+
+def _as_large(view: GraphView, a: fx.Node, b: fx.Node) -> bool:
+    return same(sp.Mul(*shape_of(view, a)), sp.Mul(*shape_of(view, b)))
+
+
+def _writes(view: GraphView, base: fx.Node, members: Sequence[fx.Node], order: dict[fx.Node, int]) -> list[_Write]:
+    """The writes to one piece of memory in order; none where they cannot be told as values."""
     found: list[_Write] = []
-    handles = {base}                                                       # nodes that are the whole memory
-    for node in members[1:]:
+    handles, echoes = {base}, set[fx.Node]()                               # nodes that are the whole memory; writes that do nothing more
+    later = [n for n in members if order[n] > order[base]]
+    for node in later:
         if not view.op(node).params.get("mutates"):
             if view.op(node).kind not in _VIEWS:
                 return []
             continue
-        write = _write(view, node, base, handles)
+        if node in echoes:
+            continue
+        write = _write(view, node, handles)
         if write is None or view.grad_enabled(node) != view.grad_enabled(base):
             return []
         if write.view is None:
             handles.add(node)
-        elif node.users or _later(write.view, node, order):
-            return []
+        else:
+            write = replace(write, echo=_echo(write, handles))
+            echoes.update({write.echo} - {None})
+            if len(node.users) > (write.echo is not None) or _later(write.view, node, order):
+                return []
         found.append(write)
-    stale = [v for v in members if v not in handles and not view.op(v).params.get("mutates")]
+    stale = [v for v in later if v not in handles and not view.op(v).params.get("mutates")]
     if any(order[v] < order[w.node] and v is not w.view and _later(v, w.node, order) for v in stale for w in found):
         return []
     return found
+
+
+def _echo(write: _Write, handles: set[fx.Node]) -> fx.Node | None:
+    """The ``x[key] = x[key]`` that Python adds to ``x[key] += y``."""
+    user = next(iter(write.node.users), None)
+    if user is None or user.target is not operator.setitem or write.view is None or user.args[0] not in handles:
+        return None
+    return user if user.args[1:] == (write.view.args[1], write.node) else None
 
 
 def _later(node: fx.Node, than: fx.Node, order: dict[fx.Node, int]) -> bool:
@@ -83,7 +120,7 @@ def _later(node: fx.Node, than: fx.Node, order: dict[fx.Node, int]) -> bool:
     return any(order[u] > order[than] for u in node.users)
 
 
-def _write(view: GraphView, node: fx.Node, base: fx.Node, handles: set[fx.Node]) -> _Write | None:
+def _write(view: GraphView, node: fx.Node, handles: set[fx.Node]) -> _Write | None:
     """One write, where its target is the whole memory or a basic index of it and its value is of the memory's dtype."""
     if len(view.op(node).params["targets"]) != 1 or not node.args or "out" in node.kwargs:
         return None
@@ -133,6 +170,8 @@ class _Versions:
         for write in writes:
             with self.graph.inserting_before(write.node):
                 new = self._value(write)
+            if write.echo is not None:
+                self.graph.erase_node(write.echo)
             self._from_here(write.node, new)
             self.graph.erase_node(write.node)
             self.current = new

@@ -17,7 +17,7 @@ from slothc.gradients.program import Kind, Output, Program
 from slothc.gradients.reverse import without_aliases
 
 from .lift_forms import NotAffine, Split, reshape
-from .lift_loader import STORAGE, CannotLift, LeafLookup
+from .lift_loader import LONGEST, STORAGE, CannotLift, LeafLookup
 from .lift_pointwise import Pointwise
 from .lift_reductions import Reductions
 from .lift_space import OtherLane, Space, TellsParts, fixed
@@ -47,11 +47,11 @@ class Lifted:
     lookups: tuple[tuple[int, LeafLookup], ...] = ()
 
 
-def lift(view: GraphView, region: set[fx.Node], results: Sequence[fx.Node]) -> Lifted:
-    """The row program of ``region``, which computes ``results``. Raises ``CannotLift``."""
+def lift(view: GraphView, region: set[fx.Node], results: Sequence[fx.Node], longest: int = LONGEST) -> Lifted:
+    """The row program of ``region``, which computes ``results``, in at most ``longest`` steps. Raises ``CannotLift``."""
     space = _space(view, results[0])
     for _ in range(12):
-        attempt = _Evaluation(view, region, space)
+        attempt = _Evaluation(view, region, space, longest)
         try:
             lifted = _attempted(attempt, results)
         except NotAffine as error:

@@ -21,6 +21,8 @@ from .view import GraphView
 STORAGE = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int32: "i32",
            torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8", torch.bool: "bool"}  # fmt: skip
 
+LONGEST = 256         # steps of one kernel: what is longer would not stay in registers
+
 
 @dataclass(frozen=True)
 class LeafLookup:
@@ -29,6 +31,7 @@ class LeafLookup:
     index: int
     dim: int
     skipped: int | None
+    along: bool
     at: tuple[Form, ...]
 
 
@@ -43,15 +46,15 @@ class CannotLift(Exception):
 class Loader:
     """Scalars of one evaluation over a fixed space: ``load`` gives a node's value at an index, by the handler ``_<kind>`` of its op."""
 
-    def __init__(self, view: GraphView, region: set[fx.Node], space: Space) -> None:
-        self.view, self.region, self.space = view, region, space
+    def __init__(self, view: GraphView, region: set[fx.Node], space: Space, longest: int = LONGEST) -> None:
+        self.view, self.region, self.space, self.longest = view, region, space, longest
         self.at: fx.Node | None = None
         self.memo: dict[tuple[fx.Node, tuple[Form, ...]], Any] = {}
         self.inputs: list[Input] = []
         self.loads: list[Access | None] = []
         self.leaves: list[fx.Node] = []
         self.lookups: dict[int, LeafLookup] = {}
-        self.indirect: dict[tuple[fx.Node, tuple[Form, ...], int | None], str] = {}
+        self.indirect: dict[tuple[fx.Node, tuple[Form, ...], int | None, bool], str] = {}
         self.sizes: dict[str, Size] = dict(space.axes)
         self.stages: list[Stage] = []
 
@@ -60,6 +63,8 @@ class Loader:
     def _stage(self, expr: sp.Expr | Reduce, dtype: str | None, force: bool = False, detached: bool = False) -> sp.Symbol:
         if isinstance(expr, sp.Expr) and expr.is_Symbol and dtype is None and not (force and expr.name in {i.name for i in self.inputs}):
             return expr
+        if len(self.stages) >= self.longest and self.at is not None:
+            raise CannotLift(self.at, f"its formula has more than {self.longest} steps")
         name = f"v{len(self.stages)}"
         self.stages.append(Stage(name, expr, dtype, detached))
         return symbol(name)
@@ -136,13 +141,16 @@ class Loader:
         found = [(d, key) for d, f in enumerate(index) for key, name in self.indirect.items() if name in f.axes]
         if not found:
             return Access(self._operand(node, index, None), index)
-        (dim, (table, at, skipped)), *more = found
-        if more or index[dim] != Form.axis(self.indirect[table, at, skipped]):
+        (dim, key), *more = found
+        table, at, skipped, along = key
+        if more or index[dim] != Form.axis(self.indirect[key]):
             raise CannotLift(node, "it is looked up at more than one index, or at a part of one")
-        index = (*index[:dim], *at, *index[dim + 1 :])
+        if along and (len(at) != len(index) or any(f != g for d, (f, g) in enumerate(zip(at, index)) if d != dim)):
+            raise CannotLift(node, "it is looked up along a dimension after it was moved")
+        index = at if along else (*index[:dim], *at, *index[dim + 1 :])
         which = next((k for k, leaf in enumerate(self.leaves) if leaf is table and k not in self.lookups), len(self.leaves))
         self.leaves += [table] * (which == len(self.leaves))
-        return Access(self._operand(node, index, LeafLookup(which, dim, skipped, at)), index)
+        return Access(self._operand(node, index, LeafLookup(which, dim, skipped, along, at)), index)
 
     def _operand(self, node: fx.Node, index: tuple[Form, ...], lookup: LeafLookup | None) -> int:
         """The operand's number; a differentiable tensor read through two maps that may meet counts as two operands."""
@@ -157,11 +165,13 @@ class Loader:
             self.lookups[len(self.leaves) - 1] = lookup
         return len(self.leaves) - 1
 
-    def _looked_up(self, node: fx.Node, index: fx.Node, at: tuple[Form, ...], size: Size, skipped: int | None = None) -> Form:
+    def _looked_up(
+        self, node: fx.Node, index: fx.Node, at: tuple[Form, ...], size: Size, skipped: int | None = None, along: bool = False
+    ) -> Form:
         """The value of an integer tensor as if it were an axis of its own."""
         if any(a not in self.space.axes for f in at for a in f.axes):
             raise CannotLift(node, "it is looked up at an index that is looked up itself")
-        name = self.indirect.setdefault((index, at, skipped), f"@{len(self.indirect)}")
+        name = self.indirect.setdefault((index, at, skipped, along), f"@{len(self.indirect)}")
         self.sizes[name] = size
         return Form.axis(name)
 
@@ -180,5 +190,5 @@ class Loader:
         return False
 
 
-def _table(lookup: LeafLookup | None) -> tuple[int, int, int | None] | None:
-    return lookup and (lookup.index, lookup.dim, lookup.skipped)
+def _table(lookup: LeafLookup | None) -> tuple[Any, ...] | None:
+    return lookup and (lookup.index, lookup.dim, lookup.skipped, lookup.along)

@@ -35,7 +35,7 @@ class Reductions(Loader):
             raise CannotLift(node, f"it reduces over {size} elements where the row has {space.lane_count()}")
         row = next((f for f in self.space.index if self.space.lane in f.axes), Form.axis(space.lane))
         row = Form(tuple(t for t in row.terms if t[0] == space.lane or t[0] in space.unrolled), row.const)
-        return [self.load(source, (*prefix, fixed(row, c))) for c in space.combinations()]
+        return [self.load(source, (*prefix, fixed(row, c))) for c in space.lanes()]
 
     def _reduced(self, op_name: str, values: list[sp.Expr]) -> sp.Expr:
         if op_name == "sum":

@@ -110,6 +110,9 @@ class Views(Loader):
 
     def _gather(self, node: fx.Node, op: Any, index: tuple[Form, ...]) -> sp.Expr:
         (x, table), dim = op.args, op.params["dim"]
+        if op.params.get("along"):
+            row = self._looked_up(node, table, index, shape_of(self.view, x)[dim], along=True)
+            return self.load(x, (*index[:dim], row, *index[dim + 1 :]))
         rank = len(shape_of(self.view, table))
         row = self._looked_up(node, table, index[dim : dim + rank], shape_of(self.view, x)[dim])
         return self.load(x, (*index[:dim], row, *index[dim + rank :]))

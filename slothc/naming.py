@@ -19,6 +19,11 @@ from .regions import ARITHMETIC, Cone, behind
 from .view import GraphView
 
 
+LARGEST = 40          # nodes of a part that a rule may name; the largest known has 20
+STEPS = 96            # steps of its formula
+TRIES = 80            # parts of one cone that are evaluated
+
+
 @dataclass(frozen=True)
 class Part:
     """A named part of a cone: the rule, and the node whose value it is."""
@@ -30,8 +35,9 @@ class Part:
 
 def parts(view: GraphView, cone: Cone) -> list[Part]:
     """The named parts of ``cone``, last first."""
-    order = {n: k for k, n in enumerate(view.nodes)}
+    order = view.order
     seen: set[fx.Node] = set()
+    tries = [None] * TRIES
 
     def visit(sink: fx.Node) -> Iterator[Part]:
         if sink in seen:
@@ -42,8 +48,11 @@ def parts(view: GraphView, cone: Cone) -> list[Part]:
         if view.op(sink).kind in ARITHMETIC:
             for cut in cuts:
                 inside = _reach(sink, cone.nodes, cut)
+                if len(inside) > LARGEST or not tries:
+                    continue
                 if cut is not None and (view.op(cut).kind == "split" or not _separates(cut, inside, cone.nodes)):
                     continue
+                tries.pop()
                 rule = _identify(view, inside, sink)
                 if rule:
                     yield Part(rule, sink, frozenset(inside))
@@ -72,7 +81,7 @@ def _separates(cut: fx.Node, inside: set[fx.Node], nodes: frozenset[fx.Node]) ->
 
 def _identify(view: GraphView, inside: set[fx.Node], sink: fx.Node) -> str | None:
     try:
-        lifted = lift(view, inside, [sink])
+        lifted = lift(view, inside, [sink], STEPS)
     except CannotLift:
         return None
     return next((r.name for r in ROW if _computes(r, lifted)), None)

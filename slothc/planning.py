@@ -155,7 +155,7 @@ class _Abstract:
         lookup = dict(self.lifted.lookups).get(leaf) if leaf is not None else None
         if lookup is not None:
             table = shape_of(self.view, self.lifted.leaves[lookup.index])
-            shape = (*shape[: lookup.dim], *table, *shape[lookup.dim + 1 :])
+            shape = table if lookup.along else (*shape[: lookup.dim], *table, *shape[lookup.dim + 1 :])
         dims: list[Size] = []
         for d, size in enumerate(shape):
             forms = [self._form(a.index[d]) for a in accesses]
@@ -166,7 +166,7 @@ class _Abstract:
             dims.append(size if fit is None else int(fit) if sp.sympify(fit).is_Integer else fit)
         dtype = "fp32" if pairs else STORAGE[value.dtype]
         if lookup is not None:
-            return Operand(tuple(dims), dtype, complex=pairs, lookup=Lookup(lookup.index, lookup.dim, lookup.skipped))
+            return Operand(tuple(dims), dtype, complex=pairs, lookup=Lookup(lookup.index, lookup.dim, lookup.skipped, lookup.along))
         strides, sizes = [_typical(s) for s in value.stride()], [_typical(s) for s in value.shape]
         if pairs:
             strides, sizes = [2 * s for s in strides] + [1], [*sizes, 2]

@@ -42,7 +42,7 @@ class Growth:
 
     def __init__(self, view: GraphView, taken: set[fx.Node] | None = None) -> None:
         self.view, self.taken = view, set(taken or ())
-        self.order = {n: k for k, n in enumerate(view.nodes)}
+        self.order = view.order
         self.barred: set[fx.Node] = set()
         self.writes = [self.order[n] for n in view.nodes if view.op(n).params.get("mutates") or view.writes(n)]
 
@@ -62,7 +62,9 @@ class Growth:
     def cones(self) -> Iterator[Cone]:
         """Every cone, last value first. ``barred`` nodes, set while iterating, are no longer taken in."""
         for node in reversed(self.view.nodes):
-            if self.liftable(node) and self.view.op(node).kind in ARITHMETIC and self.view.dtype(node) in FLOATS:
+            op = self.view.op(node)
+            ends = op.kind in ARITHMETIC or op.params.get("clone")
+            if ends and self.liftable(node) and op.kind != "split" and self.view.dtype(node) in FLOATS:
                 yield self.grow(node)
 
     def grow(self, sink: fx.Node) -> Cone:

@@ -124,6 +124,14 @@ def _gather(call: Call, x: fx.Node, dim: int, index: fx.Node) -> Op:
     return Op("gather", (x, index), {"dim": dim})
 
 
+def _each(call: Call) -> Op:
+    """``torch.gather``: every element looked up along one dimension at an index of its own."""
+    x, index = node_of(call["x"]), node_of(call["index"])
+    if call.value(index).dtype not in (torch.int64, torch.int32) or call.value(x).dim() != call.value(index).dim() or not call.value(x).dim():
+        raise Decline("gathered at flags or at one number")
+    return Op("gather", (x, index), {"dim": call.dim(call["dim"], call.value(x).dim()), "along": True})
+
+
 def _index_select(call: Call) -> Op:
     x, index = node_of(call["x"]), node_of(call["index"])
     if call.value(index).dim() != 1:
@@ -333,6 +341,7 @@ def _rows() -> dict[str, Row]:
     put("narrow", "x dim start length", _narrow)
     put("select", "x dim index", _select)
     put("index_select", "x dim index", _index_select)
+    put("gather", "x dim index", _each, sparse_grad=False)
     put("slice", "x dim start end step", _slice, dim=0, start=None, end=None, step=1)
     put("cat concat concatenate", "tensors dim", _cat, dim=0)
     put("stack", "tensors dim", _stack, dim=0)

@@ -50,6 +50,7 @@ class GraphView:
     ) -> None:
         self.graph_module = graph_module
         self.nodes: tuple[fx.Node, ...] = tuple(graph_module.graph.nodes)
+        self.order: dict[fx.Node, int] = {n: k for k, n in enumerate(self.nodes)}
         self._values: dict[fx.Node, Any] = dict(values or {})
         self._ops: dict[fx.Node, Op] = {}
         self._grad = _grad_spans(self.nodes, grad_enabled)
