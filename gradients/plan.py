@@ -42,6 +42,11 @@ class Operand:
     lookup: Lookup | None = None
 
 
+    def __str__(self) -> str:
+        text = f"{self.shape} {self.dtype} {self.order} {self.zero} {self.complex} {self.number}"
+        return text if self.lookup is None else f"{text} {self.lookup}"
+
+
 @dataclass(frozen=True)
 class Pass:
     """A program with its geometry: one access for each program input (None for index and size inputs) and each output.
@@ -75,7 +80,7 @@ class Pass:
         head = f"axes {', '.join(f'{a.name}:{a.size}' for a in self.axes)}; lane {self.lane.name}:{self.lane.size}"
         loads = "; ".join(f"{i.name}={a}" for i, a in zip(self.program.inputs, self.loads))
         stores = "; ".join(f"{o.name}={a}" for o, a in zip(self.program.outputs, self.stores))
-        tensors = "; ".join(f"{t.shape} {t.dtype} {t.order} {t.zero} {t.complex} {t.number} {t.lookup or ''}" for t in self.reads + self.writes)
+        tensors = "; ".join(map(str, self.reads + self.writes))
         head += "".join(f"; {n} = {e}" for n, e in self.sizes)
         return "\n".join((head, self.program.text(), loads, stores, tensors))
 
@@ -91,7 +96,8 @@ class Plan:
     ``forward`` writes the region's results, then the values it saves. ``backward`` reads, in this order: the operands in
     ``saved_operands`` (numbers of the forward's reads), the saved values, the gradients of the results; it writes the
     gradients of the operands in ``wrt``: operand ``wrt[k]`` gets result ``targets[k]`` (operands whose gradients have one formula, such
-    as the two terms of a sum, share a tensor; that of a table is the gradient of the rows looked up), or, where ``targets[k]`` is -1 - r, the gradient of result r itself. ``backward`` is None where no operand is differentiable.
+    as the two terms of a sum, share a tensor); a table's is that of the rows looked up. Where ``targets[k]`` is -1 - r, it is the gradient
+    of result r itself. ``backward`` is None where no operand is differentiable.
     """
 
     forward: Pass

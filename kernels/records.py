@@ -24,6 +24,8 @@ class Recorded(ABC):
         self.records: dict[tuple[Any, ...], Launch] = {}
 
     def __call__(self, reads: Sequence[Tensor], writes: Sequence[Tensor] | None = None) -> list[Tensor]:
+        if not self.p.writes:
+            return []
         results = self.binder.allocate(reads) if writes is None else list(writes)
         key = (tuple((t.shape, t.stride()) for t in (*reads, *results)), reads[0].device)
         record = self.records.get(key)

@@ -41,7 +41,7 @@ class _Function(torch.autograd.Function):
         for operand, which in zip(plan.wrt, plan.targets):
             if ctx.needs_input_grad[operand + 1]:
                 value = found[which] if which >= 0 else gradients[-1 - which]
-                result[operand + 1] = _whole(plan, operand, value, ctx.saved_tensors, ctx.shapes)
+                result[operand + 1] = whole_gradient(plan, operand, value, ctx.saved_tensors, ctx.shapes)
         return tuple(result)
 
 
@@ -50,7 +50,7 @@ def _table_shapes(plan: Plan, operands: Sequence[Tensor]) -> dict[int, torch.Siz
     return {k: operands[k].shape for k in plan.wrt if plan.forward.reads[k].lookup is not None}
 
 
-def _whole(plan: Plan, operand: int, gradient: Tensor, saved: Sequence[Tensor], shapes: dict[int, torch.Size]) -> Tensor:
+def whole_gradient(plan: Plan, operand: int, gradient: Tensor, saved: Sequence[Tensor], shapes: dict[int, torch.Size]) -> Tensor:
     """The operand's gradient: a table's from that of its rows."""
     lookup = plan.forward.reads[operand].lookup
     if lookup is None:
@@ -60,7 +60,7 @@ def _whole(plan: Plan, operand: int, gradient: Tensor, saved: Sequence[Tensor], 
 
 def _backward(plan: Plan, reads: Sequence[Tensor]) -> list[Tensor]:
     assert plan.backward is not None
-    return launcher(plan.backward)(reads) if plan.backward.writes else []
+    return launcher(plan.backward)(reads)
 
 
 def call(plan: Plan) -> Callable[..., Any]:
@@ -142,7 +142,7 @@ def _vjp(ctx: Any, gradients: list[Tensor | None]) -> tuple[list[Tensor | None],
     found = torch.ops.sloth.rowwise_backward([*ctx.saved_tensors, *given], ctx.key)
     for operand, which in zip(plan.wrt, plan.targets):
         value = found[which] if which >= 0 else given[-1 - which]
-        value = _whole(plan, operand, value, ctx.saved_tensors, ctx.tables)
+        value = whole_gradient(plan, operand, value, ctx.saved_tensors, ctx.tables)
         result[operand] = value if plan.targets.count(which) == 1 else value.clone()
     return result, None
 

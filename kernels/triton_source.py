@@ -106,7 +106,8 @@ def _table_arguments(p: Pass, groups: Groups, label: str, number: int, access: A
         of = "index " if prefix else ""
         if any(f.const != 0 for f in forms):
             found.append((f"o_{prefix}{label}", number, of + "offset"))
-        found += [(f"s_{prefix}{label}_{g}", number, of + str(g)) for g, mine in enumerate(groups) if any(p.axes[a].name in axes for a in mine)]
+        strides = [g for g, mine in enumerate(groups) if any(p.axes[a].name in axes for a in mine)]
+        found += [(f"s_{prefix}{label}_{g}", number, of + str(g)) for g in strides]
         if p.lane.name in axes:
             found.append((f"l_{prefix}{label}", number, of + "lane"))
     return found
@@ -178,7 +179,8 @@ class _Kernel:
             yield f"{i.name} = tl.load({self._address(f'in{access.tensor}', i.name)}{self._guard(self._masks(i.name))}).to(tl.float32)"
             return
         at, place, size = f"at_{i.name}", self._masks(f"j_{i.name}"), f"c_{i.name}"
-        yield f"{at} = tl.load({self._address(f'in{lookup.index}', f'j_{i.name}')} + tl.zeros((1, 1), tl.int32){self._guard(place)}).to(tl.int64)"
+        where = f"{self._address(f'in{lookup.index}', f'j_{i.name}')} + tl.zeros((1, 1), tl.int32)"
+        yield f"{at} = tl.load({where}{self._guard(place)}).to(tl.int64)"
         yield f"{at} = tl.where({at} < 0, {at} + {size}, {at})"
         masks = [*dict.fromkeys((*place, *self._masks(i.name))), f"({at} >= 0) & ({at} < {size})"]
         address = f"{self._address(f'in{access.tensor}', i.name)} + {at} * g_{i.name}"

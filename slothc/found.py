@@ -18,12 +18,13 @@ from .lift_forms import same
 from .naming import Part, parts
 from .options import Options
 from .planning import plan
-from .regions import ARITHMETIC, JOINS, VIEWS, Cone, Growth, leaves
+from .regions import ARITHMETIC, JOINS, Cone, Growth, leaves
 from .statistics import counts
 from .structure import structure
 from .view import GraphView
 
 ATTEMPTS = 8
+MOST = 40             # unnamed formulas that one graph has checked: an unrolled recurrence has one for every step
 PRODUCERS = {"pointwise", "embedding", "gather", "reshape", "identity"}
 
 
@@ -74,10 +75,15 @@ def find(view: GraphView, options: Options) -> Found:
     found = Found(view)
     growth = Growth(view)
     _structural(found, growth, options)
+    unnamed: set[str] = set()
     for cone in growth.cones():
         region = _region(found, growth, cone)
         if region is None or not _worthwhile(view, region, options):
             continue
+        if not region.parts and len(unnamed | {region.plan.key}) > MOST:
+            found.misses.append(Miss(UNNAMED, cone.sink, f"there are more than {MOST} different formulas in one graph"))
+            continue
+        unnamed.update({region.plan.key} if not region.parts else ())
         region = _with_producer(found, growth, region)
         growth.claim(region.cone)
         found.regions.append(region)

@@ -136,8 +136,9 @@ def _write(view: GraphView, node: fx.Node, handles: set[fx.Node]) -> _Write | No
 
 
 def _indexed(view: GraphView, target: Any, handles: set[fx.Node]) -> fx.Node | None:
-    plain = isinstance(target, fx.Node) and target.target in (operator.getitem, torch.Tensor.__getitem__) and view.op(target).kind == "index"
-    return target if plain and not view.op(target).params.get("clone") and target.args[0] in handles else None
+    if not isinstance(target, fx.Node) or target.target is not operator.getitem or target.args[0] not in handles:
+        return None
+    return target if view.op(target).kind == "index" and not view.op(target).params.get("clone") else None
 
 
 def _basic(key: Any) -> bool:

@@ -89,11 +89,12 @@ class Loader:
             if node not in self.region:
                 self.memo[key] = self._leaf(node, index)
             else:
-                self.at = node
+                outer, self.at = self.at, node
                 handler = getattr(self, f"_{self.view.op(node).kind}", None)
                 if handler is None:
                     raise CannotLift(node, f"{self.view.op(node).kind} has no scalar formula")
                 self.memo[key] = handler(node, self.view.op(node), index)
+                self.at = outer
         return self.memo[key]
 
     def _broadcast(self, arg: Any, index: tuple[Form, ...]) -> sp.Expr:

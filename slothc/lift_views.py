@@ -82,8 +82,11 @@ class Views(Loader):
                 inner.append(Form())
                 continue
             form, size = next(forms)
-            start, stop = (item, item + 1) if not isinstance(item, slice) else (item.start or 0, size if item.stop is None else item.stop)
-            which, inside = part(form, (start, stop - start, size - stop), self.sizes, self.space.lane) if item != slice(None) else (1, form)
+            which, inside = 1, form
+            if item != slice(None):
+                start, stop = (item.start or 0, item.stop) if isinstance(item, slice) else (item, item + 1)
+                stop = size if stop is None else stop
+                which, inside = part(form, (start, stop - start, size - stop), self.sizes, self.space.lane)
             if which != 1:
                 return self.load(x, index)
             if isinstance(item, slice):

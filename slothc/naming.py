@@ -18,7 +18,6 @@ from .lift import CannotLift, Lifted, lift
 from .regions import ARITHMETIC, Cone, behind
 from .view import GraphView
 
-
 LARGEST = 40          # nodes of a part that a rule may name; the largest known has 20
 STEPS = 96            # steps of its formula
 TRIES = 80            # parts of one cone that are evaluated

@@ -19,6 +19,7 @@ ARITHMETIC = {
     "pointwise", "reduce", "norm", "softmax", "cast", "complex", "cat", "stack", "pad", "write", "gather", "embedding", "repeat",
     "repeat_interleave",
 }  # fmt: skip
+LARGEST = 128                     # nodes of a cone: a longer chain is cut, its value an operand
 JOINS = {"cat", "stack", "pad", "write"}
 VIEWS = {"identity", "reshape", "permute", "expand", "index", "split", "item"}
 FILLED = {"full", "empty"}              # values that nothing is read for: part of a cone, never all of it
@@ -76,7 +77,7 @@ class Growth:
             waiting.remove(node)
             inside = all(u in cone for u in self.view.users(node))
             free = node not in self.barred and self.view.grad_enabled(node) == mode and self.liftable(node)
-            if inside and free and self.steady(node, sink):
+            if inside and free and len(cone) < LARGEST and self.steady(node, sink):
                 cone.add(node)
                 waiting.update(n for n in node.all_input_nodes if n not in cone)
         return Cone(frozenset(cone), (sink,))

@@ -127,9 +127,10 @@ def _gather(call: Call, x: fx.Node, dim: int, index: fx.Node) -> Op:
 def _each(call: Call) -> Op:
     """``torch.gather``: every element looked up along one dimension at an index of its own."""
     x, index = node_of(call["x"]), node_of(call["index"])
-    if call.value(index).dtype not in (torch.int64, torch.int32) or call.value(x).dim() != call.value(index).dim() or not call.value(x).dim():
+    rank = call.value(x).dim()
+    if call.value(index).dtype not in (torch.int64, torch.int32) or rank != call.value(index).dim() or not rank:
         raise Decline("gathered at flags or at one number")
-    return Op("gather", (x, index), {"dim": call.dim(call["dim"], call.value(x).dim()), "along": True})
+    return Op("gather", (x, index), {"dim": call.dim(call["dim"], rank), "along": True})
 
 
 def _index_select(call: Call) -> Op:

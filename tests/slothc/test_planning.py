@@ -110,9 +110,11 @@ def test_only_wanted_gradients_are_derived() -> None:
 
 
 def mutated(x: Tensor) -> Tensor:
+    """A view outlives the write: which value it shows depends on when it is read."""
     h = torch.tanh(x) * 2.0
+    low = h[..., :16]
     h.add_(1.0)
-    return F.silu(h) * x
+    return F.silu(h) * x + torch.cat((low, low, low), dim=-1)
 
 
 def mutated_view(x: Tensor) -> Tensor:
