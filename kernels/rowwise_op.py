@@ -36,12 +36,13 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         plan: Plan = ctx.plan
-        found = _backward(plan, [*ctx.saved_tensors, *gradients])
+        saved = ctx.saved_tensors                                          # once: a checkpoint hands them out a single time
+        found = _backward(plan, [*saved, *gradients])
         result: list[Tensor | None] = [None] * (len(plan.forward.reads) + 1)
         for operand, which in zip(plan.wrt, plan.targets):
             if ctx.needs_input_grad[operand + 1]:
                 value = found[which] if which >= 0 else gradients[-1 - which]
-                result[operand + 1] = whole_gradient(plan, operand, value, ctx.saved_tensors, ctx.shapes)
+                result[operand + 1] = whole_gradient(plan, operand, value, saved, ctx.shapes)
         return tuple(result)
 
 
@@ -139,10 +140,11 @@ def _vjp(ctx: Any, gradients: list[Tensor | None]) -> tuple[list[Tensor | None],
         torch.zeros(shape, dtype=dtype, device=device) if g is None else g
         for g, (shape, dtype, device) in zip(gradients, ctx.shapes)
     ]  # fmt: skip
-    found = torch.ops.sloth.rowwise_backward([*ctx.saved_tensors, *given], ctx.key)
+    saved = ctx.saved_tensors
+    found = torch.ops.sloth.rowwise_backward([*saved, *given], ctx.key)
     for operand, which in zip(plan.wrt, plan.targets):
         value = found[which] if which >= 0 else given[-1 - which]
-        value = whole_gradient(plan, operand, value, ctx.saved_tensors, ctx.tables)
+        value = whole_gradient(plan, operand, value, saved, ctx.tables)
         result[operand] = value if plan.targets.count(which) == 1 else value.clone()
     return result, None
 

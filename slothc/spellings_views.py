@@ -146,7 +146,7 @@ def _runs(items: tuple[Any, ...]) -> tuple[Any, ...]:
     plain = all(item is None or item is Ellipsis or isinstance(item, slice | list) for item in items)
     numbers = lists[0]
     whole = all(isinstance(n, int) and not isinstance(n, bool) for n in numbers)
-    if len(lists) != 1 or not plain or not numbers or not whole or any(b - a != 1 for a, b in zip(numbers, numbers[1:])):
+    if len(lists) != 1 or not plain or not numbers or not whole or numbers != [*range(numbers[0], numbers[-1] + 1)]:
         raise Decline("indexed by a list")
     first, last = numbers[0], numbers[-1]
     if first < 0 <= last:
