@@ -7,7 +7,7 @@ for tracers: it has fakes, a backward that is itself an operation, and passes ``
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from slothc.gradients.plan import Plan
@@ -19,6 +19,7 @@ from .rowwise import launcher
 from .tracing import traced
 
 PLANS: dict[str, Plan] = {}
+Tables: TypeAlias = dict[int, tuple[torch.Size, torch.dtype]]
 
 
 def register(plan: Plan) -> str:
@@ -44,7 +45,7 @@ class _Function(torch.autograd.Function):
     def forward(ctx: Any, call: _Call, *operands: Tensor) -> Any:
         written = call.forward(operands)
         ctx.call = call
-        ctx.shapes = table_shapes(call.plan, operands) if call.tables else {}
+        ctx.tables = tables(call.plan, operands) if call.tables else {}
         ctx.save_for_backward(*[operands[k] for k in call.saved], *written[call.results :])
         return written[0] if call.results == 1 else tuple(written[: call.results])
 
@@ -60,21 +61,22 @@ class _Function(torch.autograd.Function):
                 result[operand] = found[which] if which >= 0 else gradients[-1 - which]
         for operand in call.tables:
             if (value := result[operand + 1]) is not None:
-                result[operand + 1] = whole_gradient(call.plan, operand, value, saved, ctx.shapes)
+                result[operand + 1] = whole_gradient(call.plan, operand, value, saved, ctx.tables)
         return tuple(result)
 
 
-def table_shapes(plan: Plan, operands: Sequence[Tensor]) -> dict[int, torch.Size]:
-    """The shapes of the tables that get a gradient, by operand."""
-    return {k: operands[k].shape for k in plan.wrt if plan.forward.reads[k].lookup is not None}
+def tables(plan: Plan, operands: Sequence[Tensor]) -> Tables:
+    """The shapes and dtypes of the tables that get a gradient, by operand."""
+    return {k: (operands[k].shape, operands[k].dtype) for k in plan.wrt if plan.forward.reads[k].lookup is not None}
 
 
-def whole_gradient(plan: Plan, operand: int, gradient: Tensor, saved: Sequence[Tensor], shapes: dict[int, torch.Size]) -> Tensor:
+def whole_gradient(plan: Plan, operand: int, gradient: Tensor, saved: Sequence[Tensor], of: Tables) -> Tensor:
     """The operand's gradient: a table's from that of its rows."""
     lookup = plan.forward.reads[operand].lookup
     if lookup is None:
         return gradient
-    return spread(gradient, lookup, saved[plan.saved_operands.index(lookup.index)], shapes[operand])
+    shape, dtype = of[operand]
+    return spread(gradient, lookup, saved[plan.saved_operands.index(lookup.index)], shape).to(dtype)
 
 
 def _backward(plan: Plan, reads: Sequence[Tensor]) -> list[Tensor]:
@@ -146,7 +148,7 @@ def _fake_backward(reads: list[Tensor], plan: str) -> list[Tensor]:
 
 def _setup(ctx: Any, inputs: tuple[list[Tensor], str], output: list[Tensor]) -> None:
     operands, key = inputs
-    ctx.key, ctx.count, ctx.tables = key, len(operands), table_shapes(PLANS[key], operands)
+    ctx.key, ctx.count, ctx.tables = key, len(operands), tables(PLANS[key], operands)
     ctx.save_for_backward(*(operands[k] for k in PLANS[key].saved_operands), *output[PLANS[key].results :])
     ctx.shapes = [(o.shape, o.dtype, o.device) for o in output[: PLANS[key].results]]
 

@@ -111,7 +111,7 @@ class _Siblings(torch.autograd.Function):
         base = [tensors[s.reads + k] for k in range(len(tensors) - s.reads) if k % 3 != 1]
         ctx.save_for_backward(*kept, *stored, t, a, *base)
         ctx.shape = tensors[0].shape
-        ctx.tables = {} if s.plan is None else rowwise_op.table_shapes(s.plan, tensors)
+        ctx.tables = {} if s.plan is None else rowwise_op.tables(s.plan, tensors)
         return results
 
     @staticmethod

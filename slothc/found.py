@@ -18,7 +18,7 @@ from .lift_forms import same
 from .naming import Part, parts
 from .options import Options
 from .planning import plan
-from .regions import ARITHMETIC, JOINS, Cone, Growth, behind, leaves
+from .regions import ARITHMETIC, FLOATS, JOINS, Cone, Growth, behind, leaves
 from .statistics import counts
 from .structure import structure
 from .view import GraphView
@@ -221,7 +221,7 @@ def _with_producer(found: Found, growth: Growth, region: Region) -> Region:
             continue
         inner = growth.grow(leaf)
         computed = {view.op(n).kind for n in inner.nodes} & ARITHMETIC
-        if view.op(leaf).kind not in PRODUCERS or not computed or not _as_large(view, leaf, cone.sink):
+        if view.op(leaf).kind not in PRODUCERS or view.dtype(leaf) not in FLOATS or not computed or not _as_large(view, leaf, cone.sink):
             continue
         merged = Cone(cone.nodes | inner.nodes, (cone.sink, leaf))
         if not placeable(view, growth, merged):

@@ -249,10 +249,11 @@ def _joined(forward: Pass, backward: Program, wrt: tuple[int, ...]) -> Plan:
 
 
 def _folding(forward: Pass, backward: Program, stores: Sequence[Access]) -> Program:
-    """The backward with every gradient that is wider than its operand marked for summing."""
+    """The backward with every gradient that is wider than its operand marked for summing; a table's rows unrounded, they are summed yet."""
     rows = {a.name for a in forward.axes if a.size != 1}
     outputs = tuple(replace(o, over_rows=True, kind=None) if rows - a.axes else o for o, a in zip(backward.outputs, stores))
-    return replace(backward, outputs=outputs)
+    tables = [forward.reads[a.tensor].lookup is not None for a in stores]
+    return replace(backward, outputs=tuple(replace(o, dtype="fp32") if table else o for o, table in zip(outputs, tables)))
 
 
 def _as_access(access: Access | None) -> Access:
@@ -337,4 +338,5 @@ def _gradient_operand(forward: Pass, tensor: int, stores: Sequence[Access], numb
     sizes = {a.name: a.size for a in (*forward.axes, forward.lane)}
     mine = [a for a in stores if a.tensor == number]
     covered = sum((sp.Mul(*(sizes[x] for x in a.axes)) for a in mine), sp.Integer(0))
-    return replace(operand, lookup=None, zero=not same(covered, sp.Mul(*operand.shape)))
+    dtype = operand.dtype if operand.lookup is None else "fp32"
+    return replace(operand, dtype=dtype, lookup=None, zero=not same(covered, sp.Mul(*operand.shape)))

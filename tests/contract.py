@@ -156,7 +156,7 @@ class Case:
             for operand, target in zip(plan.wrt, plan.targets):
                 name = f"gradient {self.places[operand]}"
                 gradient = found[target] if target >= 0 else cotangents[-1 - target]
-                tables = {operand: operands[operand].shape}
+                tables = {operand: (operands[operand].shape, operands[operand].dtype)}
                 values[name] = values[name] + rowwise_op.whole_gradient(plan, operand, gradient, reads, tables)
         return values
 
