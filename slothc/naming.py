@@ -74,7 +74,8 @@ def parts(view: GraphView, cone: Cone) -> list[Part]:
             if node in cone.nodes:
                 yield from visit(node)
 
-    return [p for r in cone.results for p in visit(r)]
+    named = [p for r in cone.results for p in visit(r)]
+    return [p for p in named if not any(q.rule == p.rule and q.nodes < p.nodes for q in named)]    # a result and its cast are one thing
 
 
 def _last(
