@@ -11,12 +11,26 @@ from .program import Program
 
 
 @dataclass(frozen=True)
+class Lookup:
+    """Rows looked up: dimension ``dim`` of the tensor is read where the integer tensor ``index`` (a number among the reads) says.
+
+    The operand's shape is that of the result, [..., *index's shape, ...]. A row ``skipped`` gets no gradient (a padding row).
+    ``along``: each element has an index of its own, which has the result's shape and the tensor's dimensions.
+    """
+
+    index: int
+    dim: int
+    skipped: int | None = None
+    along: bool = False
+
+
+@dataclass(frozen=True)
 class Operand:
     """A tensor that a pass reads or writes: its shape (ints or expressions over size symbols) and storage dtype.
 
     ``order``: its dimensions from the outermost in memory to the innermost; results are allocated that way. ``zero``: a result that the
     pass fills only in part starts as zeros. ``complex``: a complex tensor, read as one of pairs [..., 2].
-    ``number``: no tensor but a Python number that differs from call to call.
+    ``number``: no tensor but a Python number that differs from call to call. ``lookup``: the tensor is a table, see ``Lookup``.
     """
 
     shape: tuple[Size, ...]
@@ -25,6 +39,12 @@ class Operand:
     zero: bool = False
     complex: bool = False
     number: bool = False
+    lookup: Lookup | None = None
+
+
+    def __str__(self) -> str:
+        text = f"{self.shape} {self.dtype} {self.order} {self.zero} {self.complex} {self.number}"
+        return text if self.lookup is None else f"{text} {self.lookup}"
 
 
 @dataclass(frozen=True)
@@ -60,7 +80,7 @@ class Pass:
         head = f"axes {', '.join(f'{a.name}:{a.size}' for a in self.axes)}; lane {self.lane.name}:{self.lane.size}"
         loads = "; ".join(f"{i.name}={a}" for i, a in zip(self.program.inputs, self.loads))
         stores = "; ".join(f"{o.name}={a}" for o, a in zip(self.program.outputs, self.stores))
-        tensors = "; ".join(f"{t.shape} {t.dtype} {t.order} {t.zero} {t.complex} {t.number}" for t in self.reads + self.writes)
+        tensors = "; ".join(map(str, self.reads + self.writes))
         head += "".join(f"; {n} = {e}" for n, e in self.sizes)
         return "\n".join((head, self.program.text(), loads, stores, tensors))
 
@@ -76,7 +96,8 @@ class Plan:
     ``forward`` writes the region's results, then the values it saves. ``backward`` reads, in this order: the operands in
     ``saved_operands`` (numbers of the forward's reads), the saved values, the gradients of the results; it writes the
     gradients of the operands in ``wrt``: operand ``wrt[k]`` gets result ``targets[k]`` (operands whose gradients have one formula, such
-    as the two terms of a sum, share a tensor). ``backward`` is None where no operand is differentiable.
+    as the two terms of a sum, share a tensor); a table's is that of the rows looked up. Where ``targets[k]`` is -1 - r, it is the gradient
+    of result r itself. ``backward`` is None where no operand is differentiable.
     """
 
     forward: Pass

@@ -46,6 +46,8 @@ def _remaking(plan: Plan) -> Remaking | None:
     if any(s in forward.program.reductions and s.name not in made for s in stages):
         return None
     inputs, loads, more = _inputs(plan, stages, {o.value for o, _ in outputs} - kept)
+    if any(forward.reads[t].lookup is not None for t in more):
+        return None                                                        # its index is numbered among other reads
     again = [replace(o, name=f"again_{o.name}") for o, _ in outputs]
     program = Program(
         (*backward.program.inputs, *inputs), _ordered([*backward.program.stages, *(s for s in stages if s.name not in made)]),

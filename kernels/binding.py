@@ -6,7 +6,7 @@ Every access is affine, so for each operand tensor it is one offset, one stride 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import sympy as sp
@@ -33,6 +33,16 @@ class Placement:
     offset: int
     rows: tuple[int, ...]
     lane: int
+    table: TablePlacement | None = None
+
+
+@dataclass(frozen=True)
+class TablePlacement:
+    """A looked-up dimension of ``count`` elements, ``step`` apart: which one is at ``index``."""
+
+    index: Placement
+    step: int
+    count: int
 
 
 @dataclass(frozen=True)
@@ -69,7 +79,7 @@ class Binder:
         """The value of every size symbol, in the order in which they are found."""
         found: dict[str, int] = {}
         for name, tensor, dim, known, factor in self._steps:
-            size = reads[tensor].shape[dim]
+            size = self._shape(tensor, reads)[dim]
             unit = factor * prod(found[k] for k in known)
             if unit == 0:
                 found[name] = 0
@@ -93,9 +103,10 @@ class Binder:
         numbers = [int(v) for v in self._evaluate(*values)]
         count = len(self.p.axes)
         shape, lanes, sizes = numbers[:count], numbers[count], numbers[count + 1 :]
-        loads = [self._place(a, reads, values) if a else None for a in self.p.loads]
-        stores = [self._place(a, writes, values) for a in self.p.stores]
-        groups = _merge(shape, [x for x in (*loads, *stores) if x])
+        loads = [self._load(a, reads, values) if a else None for a in self.p.loads]
+        stores = [self._place(a, writes[a.tensor].stride(), values) for a in self.p.stores]
+        placed = [x for x in (*loads, *stores) if x]
+        groups = _merge(shape, [*placed, *(x.table.index for x in placed if x.table)])
         wide = any(_extent(t) >= 2**31 for t in (*reads, *writes)) or prod(shape) * lanes >= 2**31
         return Bound(
             tuple(prod(shape[i] for i in g) for g in groups), lanes, groups,
@@ -103,8 +114,27 @@ class Binder:
             {name: v for (name, _), v in zip(self.p.sizes, sizes)}, wide,
         )  # fmt: skip
 
-    def _place(self, access: Access, tensors: Sequence[Tensor], values: tuple[int, ...]) -> Placement:
-        strides = tensors[access.tensor].stride()
+    def _shape(self, tensor: int, reads: Sequence[Tensor]) -> tuple[int, ...]:
+        """The operand's shape; a table's with the index's in place of the dimension that is looked up."""
+        shape, lookup = tuple(reads[tensor].shape), self.p.reads[tensor].lookup
+        if lookup is not None and lookup.along:
+            return tuple(reads[lookup.index].shape)
+        return shape if lookup is None else (*shape[: lookup.dim], *reads[lookup.index].shape, *shape[lookup.dim + 1 :])
+
+    def _load(self, access: Access, reads: Sequence[Tensor], values: tuple[int, ...]) -> Placement:
+        lookup = self.p.reads[access.tensor].lookup
+        strides = reads[access.tensor].stride()
+        if lookup is None:
+            return self._place(access, strides, values)
+        index, d = reads[lookup.index], lookup.dim
+        beside = index.dim() if not lookup.along else 1
+        own = self._place(access, (*strides[:d], *[0] * beside, *strides[d + 1 :]), values)
+        around = (d, len(strides) - 1 - d) if not lookup.along else (0, 0)
+        which = self._place(access, (*[0] * around[0], *index.stride(), *[0] * around[1]), values)
+        which = replace(which, tensor=lookup.index)
+        return replace(own, table=TablePlacement(which, strides[d], reads[access.tensor].shape[d]))
+
+    def _place(self, access: Access, strides: Sequence[int], values: tuple[int, ...]) -> Placement:
         numbers = self._coefficients[access](*values)
         width = len(self.p.axes) + 2
         total = [0] * width
@@ -226,7 +256,8 @@ def _merge(shape: list[int], placements: list[Placement]) -> tuple[tuple[int, ..
 
 
 def _regroup(x: Placement, groups: tuple[tuple[int, ...], ...]) -> Placement:
-    return Placement(x.tensor, x.offset, tuple(x.rows[g[-1]] if g else 0 for g in groups), x.lane)
+    table = replace(x.table, index=_regroup(x.table.index, groups)) if x.table else None
+    return Placement(x.tensor, x.offset, tuple(x.rows[g[-1]] if g else 0 for g in groups), x.lane, table)
 
 
 def _extent(t: Tensor) -> int:

@@ -24,6 +24,8 @@ class Recorded(ABC):
         self.records: dict[tuple[Any, ...], tuple[Launch, Blanks | None]] = {}
 
     def __call__(self, reads: Sequence[Tensor], writes: Sequence[Tensor] | None = None) -> list[Tensor]:
+        if not self.p.writes:
+            return []
         parts: list[Any] = [reads[0].device]
         for t in reads:
             parts += (t.shape, t.stride(), t.dtype)

@@ -7,17 +7,19 @@ for tracers: it has fakes, a backward that is itself an operation, and passes ``
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from slothc.gradients.plan import Plan
 from torch import Tensor
 
+from .lookup import spread
 from .once import once_differentiable
 from .rowwise import launcher
 from .tracing import traced
 
 PLANS: dict[str, Plan] = {}
+Tables: TypeAlias = dict[int, tuple[torch.Size, torch.dtype]]
 
 
 def register(plan: Plan) -> str:
@@ -30,9 +32,11 @@ class _Call:
     """What every call of a plan needs, looked up once."""
 
     def __init__(self, plan: Plan) -> None:
+        self.plan = plan
         self.forward, self.saved, self.results = launcher(plan.forward), plan.saved_operands, plan.results
         self.backward = launcher(plan.backward) if plan.backward is not None else None
         self.wanted = [(operand + 1, which) for operand, which in zip(plan.wrt, plan.targets)]
+        self.tables = [k for k in plan.wrt if plan.forward.reads[k].lookup is not None]
         self.inputs = len(plan.forward.reads) + 1
 
 
@@ -41,6 +45,7 @@ class _Function(torch.autograd.Function):
     def forward(ctx: Any, call: _Call, *operands: Tensor) -> Any:
         written = call.forward(operands)
         ctx.call = call
+        ctx.tables = tables(call.plan, operands) if call.tables else {}
         ctx.save_for_backward(*[operands[k] for k in call.saved], *written[call.results :])
         return written[0] if call.results == 1 else tuple(written[: call.results])
 
@@ -48,12 +53,30 @@ class _Function(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         call, needed = ctx.call, ctx.needs_input_grad
-        found = call.backward((*ctx.saved_tensors, *gradients))
+        saved = ctx.saved_tensors                                          # once: a checkpoint hands them out a single time
+        found = call.backward((*saved, *gradients))
         result: list[Tensor | None] = [None] * call.inputs
         for operand, which in call.wanted:
             if needed[operand]:
-                result[operand] = found[which]
+                result[operand] = found[which] if which >= 0 else gradients[-1 - which]
+        for operand in call.tables:
+            if (value := result[operand + 1]) is not None:
+                result[operand + 1] = whole_gradient(call.plan, operand, value, saved, ctx.tables)
         return tuple(result)
+
+
+def tables(plan: Plan, operands: Sequence[Tensor]) -> Tables:
+    """The shapes and dtypes of the tables that get a gradient, by operand."""
+    return {k: (operands[k].shape, operands[k].dtype) for k in plan.wrt if plan.forward.reads[k].lookup is not None}
+
+
+def whole_gradient(plan: Plan, operand: int, gradient: Tensor, saved: Sequence[Tensor], of: Tables) -> Tensor:
+    """The operand's gradient: a table's from that of its rows."""
+    lookup = plan.forward.reads[operand].lookup
+    if lookup is None:
+        return gradient
+    shape, dtype = of[operand]
+    return spread(gradient, lookup, saved[plan.saved_operands.index(lookup.index)], shape).to(dtype)
 
 
 def _backward(plan: Plan, reads: Sequence[Tensor]) -> list[Tensor]:
@@ -113,19 +136,19 @@ for _key in ("CPU", "CUDA"):
 
 @torch.library.register_fake("sloth::rowwise", lib=_library)
 def _fake_forward(operands: list[Tensor], plan: str) -> list[Tensor]:
-    return launcher(PLANS[plan].forward).torch.binder.allocate(operands)
+    return launcher(PLANS[plan].forward).torch.allocate(operands)
 
 
 @torch.library.register_fake("sloth::rowwise_backward", lib=_library)
 def _fake_backward(reads: list[Tensor], plan: str) -> list[Tensor]:
     p = PLANS[plan].backward
     assert p is not None
-    return launcher(p).torch.binder.allocate(reads)
+    return launcher(p).torch.allocate(reads)
 
 
 def _setup(ctx: Any, inputs: tuple[list[Tensor], str], output: list[Tensor]) -> None:
     operands, key = inputs
-    ctx.key, ctx.count = key, len(operands)
+    ctx.key, ctx.count, ctx.tables = key, len(operands), tables(PLANS[key], operands)
     ctx.save_for_backward(*(operands[k] for k in PLANS[key].saved_operands), *output[PLANS[key].results :])
     ctx.shapes = [(o.shape, o.dtype, o.device) for o in output[: PLANS[key].results]]
 
@@ -139,9 +162,12 @@ def _vjp(ctx: Any, gradients: list[Tensor | None]) -> tuple[list[Tensor | None],
         torch.zeros(shape, dtype=dtype, device=device) if g is None else g
         for g, (shape, dtype, device) in zip(gradients, ctx.shapes)
     ]  # fmt: skip
-    found = torch.ops.sloth.rowwise_backward([*ctx.saved_tensors, *given], ctx.key)
+    saved = ctx.saved_tensors
+    found = torch.ops.sloth.rowwise_backward([*saved, *given], ctx.key)
     for operand, which in zip(plan.wrt, plan.targets):
-        result[operand] = found[which] if plan.targets.count(which) == 1 else found[which].clone()
+        value = found[which] if which >= 0 else given[-1 - which]
+        value = whole_gradient(plan, operand, value, saved, ctx.tables)
+        result[operand] = value if plan.targets.count(which) == 1 else value.clone()
     return result, None
 
 

@@ -113,6 +113,7 @@ class _Siblings(torch.autograd.Function):
         base = [tensors[s.reads + k] for k in range(len(tensors) - s.reads) if k % 3 != 1]
         ctx.save_for_backward(*kept, *stored, t, a, *base)
         ctx.shape = tensors[0].shape
+        ctx.tables = {} if s.plan is None else rowwise_op.tables(s.plan, tensors)
         return results
 
     @staticmethod
@@ -145,5 +146,6 @@ def _region_backward(ctx: Any, s: Siblings, kept: Sequence[Tensor], gradients: S
     *made, x = launcher(again.backward)([*operands, *stored, *gradients, *more])
     for operand, which in zip(plan.wrt, plan.targets):
         if ctx.needs_input_grad[operand + 1]:
-            found[operand + 1] = made[which]
+            value = made[which] if which >= 0 else gradients[-1 - which]
+            found[operand + 1] = rowwise_op.whole_gradient(plan, operand, value, operands, ctx.tables)
     return _rows(x)

@@ -9,15 +9,18 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
+from slothc.gradients.plan import Pass
 from slothc.gradients.program import Input, Program, Reduce, Stage
 from torch import Tensor
 
 from .binding import DTYPE, Bound, Placement, fold_rows, put
 from .cache import load
 from .expression import TORCH, render
+from .lookup import look_up
 from .records import Launch, Recorded, clear
 
 SLICE = int(os.environ.get("SLOTH_CPU_SLICE", 1 << 16))      # elements of an input in one slice: 256 KiB of fp32
@@ -55,7 +58,28 @@ def _equation(stage: Stage) -> str:
 
 
 class TorchLauncher(Recorded):
-    """Runs a pass with PyTorch operations."""
+    """Runs a pass with PyTorch operations. Tables are looked up first: the pass then reads the rows."""
+
+    def __init__(self, p: Pass) -> None:
+        super().__init__(replace(p, reads=tuple(replace(o, lookup=None) for o in p.reads)))
+        self.tables = tuple((k, o.lookup) for k, o in enumerate(p.reads) if o.lookup is not None)
+
+    def __call__(self, reads: Sequence[Tensor], writes: Sequence[Tensor] | None = None) -> list[Tensor]:
+        return super().__call__(self.rows(reads), writes)
+
+    def allocate(self, reads: Sequence[Tensor]) -> list[Tensor]:
+        """New tensors for the results."""
+        return self.binder.allocate(self.rows(reads))
+
+    @torch.no_grad()
+    def rows(self, reads: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The operands with every table in place of its looked-up rows."""
+        if not self.tables:
+            return reads
+        found = list(reads)
+        for k, lookup in self.tables:
+            found[k] = look_up(reads[k], lookup, reads[lookup.index])
+        return found
 
     @functools.cached_property
     def run(self) -> Callable[..., tuple[Any, ...]]:

@@ -17,7 +17,7 @@ from .binding import Bound, fold_rows, put, summed
 from .cache import load
 from .direct import Direct
 from .records import Launch, Recorded, clear
-from .triton_source import Groups, arguments, source
+from .triton_source import Groups, arguments, source, tensors
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 ROW_LIMIT = 16384            # lanes of a row that one block holds: 16 warps x 32 threads x 32 fp32 registers
@@ -106,7 +106,7 @@ class TritonLauncher(Recorded):
         places = (*bound.loads, *bound.stores)
         integers = [_number(places[n], what) for _, n, what in arguments(p, bound.groups)]
         integers += [*bound.shape, *(bound.sizes[i.name] for i in p.program.inputs if i.role == "size"), bound.rows, bound.lanes]
-        ins = sorted({a.tensor for a in p.loads if a})
+        ins = tensors(p)
         outs = sorted({a.tensor for o, a in zip(outputs, p.stores) if not o.over_rows})
         totals = [(p.folded(k), bound.lanes if p.program.kinds[o.value].lanes else 1, place)
                   for k, (o, place) in enumerate(zip(outputs, bound.stores)) if o.over_rows]  # fmt: skip
@@ -138,4 +138,8 @@ def _picker(reads: Sequence[int], writes: Sequence[int]) -> Callable[[tuple[Tens
 
 
 def _number(place: Any, what: str) -> int:
+    if what in ("step", "count"):
+        return int(getattr(place.table, what))
+    if what.startswith("index "):
+        return _number(place.table.index, what.removeprefix("index "))
     return place.offset if what == "offset" else place.lane if what == "lane" else place.rows[int(what)]

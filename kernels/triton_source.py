@@ -7,10 +7,10 @@ Column-vector gradients are summed by a persistent grid: each program keeps part
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from slothc.gradients.geometry import Access
-from slothc.gradients.plan import Pass
+from slothc.gradients.plan import Lookup, Pass
 from slothc.gradients.program import Input, Output, Reduce, Stage
 
 from .expression import TRITON, render
@@ -76,6 +76,9 @@ def arguments(p: Pass, groups: Groups) -> list[tuple[str, int, str]]:
     for number, (label, access) in enumerate(_accesses(p)):
         if access is None:
             continue
+        if number < len(p.loads) and (lookup := p.reads[access.tensor].lookup) is not None:
+            found += _table_arguments(p, groups, label, number, access, lookup)
+            continue
         if any(f.const != 0 for f in access.index):
             found.append((f"o_{label}", number, "offset"))
         for g, axes in enumerate(groups):
@@ -83,6 +86,30 @@ def arguments(p: Pass, groups: Groups) -> list[tuple[str, int, str]]:
                 found.append((f"s_{label}_{g}", number, str(g)))
         if p.lane.name in access.axes:
             found.append((f"l_{label}", number, "lane"))
+    return found
+
+
+def tensors(p: Pass) -> list[int]:
+    """The operands that a kernel of the pass reads, tables' indices among them."""
+    read = {a.tensor for a in p.loads if a}
+    return sorted(read | {lookup.index for t in read if (lookup := p.reads[t].lookup) is not None})
+
+
+def _table_arguments(p: Pass, groups: Groups, label: str, number: int, access: Access, lookup: Lookup) -> list[tuple[str, int, str]]:
+    """The arguments of a table's access: the index's (``j_...``), then those of the other dimensions."""
+    rank, d = len(p.reads[lookup.index].shape) if not lookup.along else 1, lookup.dim
+    which = access.index if lookup.along else access.index[d : d + rank]
+    parts = {"j_": which, "": (*access.index[:d], *access.index[d + rank :])}
+    found = [(f"g_{label}", number, "step"), (f"c_{label}", number, "count")]
+    for prefix, forms in parts.items():
+        axes = {a for f in forms for a in f.axes}
+        of = "index " if prefix else ""
+        if any(f.const != 0 for f in forms):
+            found.append((f"o_{prefix}{label}", number, of + "offset"))
+        strides = [g for g, mine in enumerate(groups) if any(p.axes[a].name in axes for a in mine)]
+        found += [(f"s_{prefix}{label}_{g}", number, of + str(g)) for g in strides]
+        if p.lane.name in axes:
+            found.append((f"l_{prefix}{label}", number, of + "lane"))
     return found
 
 
@@ -106,7 +133,7 @@ class _Kernel:
         self.kinds = self.program.kinds
 
     def text(self, name: str, loop: bool) -> Iterator[str]:
-        pointers = [f"in{t}" for t in sorted({a.tensor for a in self.p.loads if a})]
+        pointers = [f"in{t}" for t in tensors(self.p)]
         pointers += [f"out{t}" for t in sorted({a.tensor for _, a in self.direct})]
         pointers += [f"sum_{o.name}" for o in self.sums] + [f"part_{o.name}" for o in self.parts]
         integers = [a for a, *_ in self.arguments] + [f"n{g}" for g in range(len(self.groups))]
@@ -144,19 +171,35 @@ class _Kernel:
         terms += [f"lane * l_{label}"] if f"l_{label}" in self.names else []
         return " + ".join([base, *terms])
 
-    def _load(self, i: Input) -> str:
+    def _load(self, i: Input) -> Iterator[str]:
         access = self.p.loads[self.program.inputs.index(i)]
         assert access is not None
-        rows = any(f"s_{i.name}_{g}" in self.names for g in range(len(self.groups)))  # not where its row axes all have size 1 here
-        masks = [m for m, on in (("row_ok", rows), ("lane_ok", i.kind.lanes)) if on]
-        guard = f", mask={' & '.join(masks)}, other=0" if masks else ""
-        return f"{i.name} = tl.load({self._address(f'in{access.tensor}', i.name)}{guard}).to(tl.float32)"
+        lookup = self.p.reads[access.tensor].lookup
+        if lookup is None:
+            yield f"{i.name} = tl.load({self._address(f'in{access.tensor}', i.name)}{self._guard(self._masks(i.name))}).to(tl.float32)"
+            return
+        at, place, size = f"at_{i.name}", self._masks(f"j_{i.name}"), f"c_{i.name}"
+        where = f"{self._address(f'in{lookup.index}', f'j_{i.name}')} + tl.zeros((1, 1), tl.int32)"
+        yield f"{at} = tl.load({where}{self._guard(place)}).to(tl.int64)"
+        if not lookup.along:                                               # a number from the end; gather takes none
+            yield f"{at} = tl.where({at} < 0, {at} + {size}, {at})"
+        masks = [*dict.fromkeys((*place, *self._masks(i.name))), f"({at} >= 0) & ({at} < {size})"]
+        address = f"{self._address(f'in{access.tensor}', i.name)} + {at} * g_{i.name}"
+        yield f"{i.name} = tl.load({address}, mask={' & '.join(masks)}, other=float('nan')).to(tl.float32)"
+
+    def _masks(self, label: str) -> list[str]:
+        rows = any(f"s_{label}_{g}" in self.names for g in range(len(self.groups)))  # not where its row axes all have size 1 here
+        return [m for m, on in (("row_ok", rows), ("lane_ok", f"l_{label}" in self.names)) if on]
+
+    @staticmethod
+    def _guard(masks: Sequence[str]) -> str:
+        return f", mask={' & '.join(masks)}, other=0" if masks else ""
 
     def _inputs(self, names: set[str], rows: bool, lanes: bool | None = None) -> Iterator[str]:
         for i in self.program.inputs:
             if i.name in names and i.kind.rows == rows and (lanes is None or i.kind.lanes == lanes):
                 if i.role == "data":
-                    yield self._load(i)
+                    yield from self._load(i)
                 elif i.role == "index":
                     yield f"{i.name} = lane.to(tl.float32)"
 

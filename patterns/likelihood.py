@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
@@ -55,7 +56,7 @@ def _gathers(view: View, node: fx.Node) -> bool:
     if op.kind != "gather" or not op.params.get("along"):
         return False
     x, index = view.value(op.args[0]), view.value(op.args[1])
-    return op.params["dim"] == x.dim() - 1 and _same(tuple(index.shape), (*x.shape[:-1], 1))
+    return index.dtype == torch.int64 and op.params["dim"] == x.dim() - 1 and _same(tuple(index.shape), (*x.shape[:-1], 1))
 
 
 def _difference(view: View, args: tuple[Any, ...]) -> Likelihood | None:

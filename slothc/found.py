@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field, replace
 
+import sympy as sp
 import torch
 from torch import fx
 
@@ -13,15 +14,18 @@ from slothc.patterns.rule import Match, Miss
 
 from .catalogue import STRUCTURAL, UNNAMED
 from .lift import CannotLift, lift, shape_of
+from .lift_forms import same
 from .naming import Part, parts
 from .options import Options
 from .planning import plan
-from .regions import ARITHMETIC, Cone, Growth, behind, leaves
+from .regions import ARITHMETIC, FLOATS, JOINS, Cone, Growth, behind, leaves
 from .statistics import counts
 from .structure import structure
 from .view import GraphView
 
 ATTEMPTS = 8
+MOST = 40             # unnamed formulas that one graph has checked: an unrolled recurrence has one for every step
+PRODUCERS = {"pointwise", "embedding", "gather", "reshape", "identity"}
 
 
 @dataclass(frozen=True)
@@ -71,10 +75,15 @@ def find(view: GraphView, options: Options) -> Found:
     found = Found(view)
     growth = Growth(view)
     _structural(found, growth, options)
+    unnamed: set[str] = set()
     for cone in growth.cones():
         region = _region(found, growth, cone)
         if region is None or not _worthwhile(view, region, options):
             continue
+        if not region.parts and len(unnamed | {region.plan.key}) > MOST:
+            found.misses.append(Miss(UNNAMED, cone.sink, f"there are more than {MOST} different formulas in one graph"))
+            continue
+        unnamed.update({region.plan.key} if not region.parts else ())
         region = _with_producer(found, growth, region)
         growth.claim(region.cone)
         found.regions.append(region)
@@ -98,6 +107,7 @@ def _structural(found: Found, growth: Growth, options: Options) -> None:
                 found.matches.append(match)
                 taken.update(match.nodes)
                 taken.update(match.extra)
+                taken.update(getattr(match.attrs.get("cone"), "nodes", ()))     # a mask's nodes are run by whoever judges it
 
 
 def _written(growth: Growth, match: Match) -> bool:
@@ -178,14 +188,24 @@ def _joins(view: GraphView, node: fx.Node, nodes: list[fx.Node]) -> list[int]:
 
 
 def _worthwhile(view: GraphView, region: Region, options: Options) -> bool:
-    """Named regions, and unnamed ones that spare at least one trip through memory."""
+    """Named regions, and unnamed ones that move no more bytes than what they replace, forward and backward.
+
+    One operation by itself moves the same, except a join: its gradients are slices of the result's, which cost eager nothing.
+    """
     names = set(region.counts())
     if names & options.disable:
         return False
     if region.parts:
         return True
     wide = [n for n in region.cone.nodes if view.op(n).kind in ARITHMETIC and view.value(n).dim() and _elements(view, n) > 1]
-    return len(wide) >= 2 and any(view.needs_grad(n) for n in region.cone.results) and UNNAMED not in options.disable
+    enough = len(wide) >= 2 or (len(wide) == 1 and view.op(wide[0]).kind not in JOINS)
+    return enough and _learns(view, region.cone) and UNNAMED not in options.disable
+
+
+def _learns(view: GraphView, cone: Cone) -> bool:
+    """Whether a gradient flows through the cone; in a graph that computes none (the body of an autograd function) nothing tells."""
+    computed = (n for n in view.nodes if n.op.startswith("call"))
+    return any(view.needs_grad(n) for n in cone.results) or not any(map(view.needs_grad, computed))
 
 
 def _elements(view: GraphView, node: fx.Node) -> int:
@@ -196,13 +216,13 @@ def _elements(view: GraphView, node: fx.Node) -> int:
 def _with_producer(found: Found, growth: Growth, region: Region) -> Region:
     """A residual add that the region reads and others read too, computed in the same kernel and written for them."""
     view, cone = found.view, region.cone
-    shape = view.value(cone.sink).shape
     for leaf in region.operands:
-        if not growth.liftable(leaf) or view.op(leaf).kind != "pointwise" or not isinstance(view.example(leaf), torch.Tensor):
-            continue
-        if tuple(view.value(leaf).shape) != tuple(shape) or leaf in growth.barred or len(cone.results) > 1:
+        if not growth.liftable(leaf) or not isinstance(view.example(leaf), torch.Tensor) or leaf in growth.barred or len(cone.results) > 1:
             continue
         inner = growth.grow(leaf)
+        computed = {view.op(n).kind for n in inner.nodes} & ARITHMETIC
+        if view.op(leaf).kind not in PRODUCERS or view.dtype(leaf) not in FLOATS or not computed or not _as_large(view, leaf, cone.sink):
+            continue
         merged = Cone(cone.nodes | inner.nodes, (cone.sink, leaf))
         if not placeable(view, growth, merged):
             continue
@@ -212,6 +232,11 @@ def _with_producer(found: Found, growth: Growth, region: Region) -> Region:
             if Counter(p.rule for p in made) >= Counter(p.rule for p in region.parts):
                 return replace(region, cone=merged, plan=known.plan, operands=tuple(inputs[k] for k in known.operands), parts=made)
     return region
+
+
+def _as_large(view: GraphView, a: fx.Node, b: fx.Node) -> bool:
+    """Whether two values hold the same number of elements, whatever the sizes are."""
+    return same(sp.Mul(*shape_of(view, a)), sp.Mul(*shape_of(view, b)))
 
 
 def placeable(view: GraphView, growth: Growth, cone: Cone) -> bool:

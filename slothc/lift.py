@@ -17,8 +17,8 @@ from slothc.gradients.program import Kind, Output, Program
 from slothc.gradients.reverse import without_aliases
 
 from .lift_composite import Composite
-from .lift_forms import NotAffine, Split, same
-from .lift_loader import STORAGE, CannotLift
+from .lift_forms import NotAffine, Split, reshape
+from .lift_loader import LONGEST, STORAGE, CannotLift, LeafLookup
 from .lift_pointwise import Pointwise
 from .lift_space import OtherLane, Space, TellsParts, fixed
 from .lift_views import Views
@@ -33,6 +33,7 @@ class Lifted:
     """A region's formula: the program, its space, and where each input is read and each output written.
 
     ``leaves``: the operands, in order. ``loads``: per program input. ``stores``: per program output, numbering ``results``.
+    ``lookups``: the leaves that are tables, and how they are read.
     """
 
     program: Program
@@ -43,13 +44,14 @@ class Lifted:
     loads: tuple[Access | None, ...]
     stores: tuple[Access, ...]
     sizes: tuple[tuple[str, Size], ...]
+    lookups: tuple[tuple[int, LeafLookup], ...] = ()
 
 
-def lift(view: GraphView, region: set[fx.Node], results: Sequence[fx.Node]) -> Lifted:
-    """The row program of ``region``, which computes ``results``. Raises ``CannotLift``."""
+def lift(view: GraphView, region: set[fx.Node], results: Sequence[fx.Node], longest: int = LONGEST) -> Lifted:
+    """The row program of ``region``, which computes ``results``, in at most ``longest`` steps. Raises ``CannotLift``."""
     space = _space(view, results[0])
     for _ in range(12):
-        attempt = _Evaluation(view, region, space)
+        attempt = _Evaluation(view, region, space, longest)
         try:
             lifted = _attempted(attempt, results)
         except NotAffine as error:
@@ -65,6 +67,8 @@ def _attempted(attempt: _Evaluation, results: Sequence[fx.Node]) -> Lifted | Non
     try:
         return attempt.run(results)
     except Split as split:
+        if split.axis not in space.axes:
+            raise NotAffine("a dimension that is looked up is cut") from None
         space.split(split.axis, split.inner, split.blocked)
     except TellsParts as parts:
         space.unroll_pairs(parts.axis)
@@ -90,10 +94,10 @@ class _Evaluation(Pointwise, Views, Composite):
         space = self.space
         for number_, node in enumerate(results):
             shape = shape_of(self.view, node)
-            if node is not results[0] and not (len(shape) == len(space.index) and all(map(same, shape, shape_of(self.view, results[0])))):
-                raise CannotLift(node, "results of one region differ in shape")
+            first = shape_of(self.view, results[0])
+            place = tuple(space.index) if shape == first else reshape(space.index, first, shape, space.axes)
             for combination in space.combinations():
-                index = tuple(fixed(f, combination) for f in space.index)
+                index = tuple(fixed(f, combination) for f in place)
                 value = self._stage(self.load(node, index), None, force=True)
                 access = Access(number_, index)
                 kind = Kind(bool(access.axes - {space.lane}), space.lane in access.axes)
@@ -104,4 +108,6 @@ class _Evaluation(Pointwise, Views, Composite):
         sizes = (("D", space.lane_count()),) if "D" in program.input else ()
         axes = tuple(Axis(a, space.axes[a]) for a in space.rows)
         lane = Axis(space.lane, space.axes.get(space.lane, 1))
-        return Lifted(program, axes, lane, tuple(self.leaves), tuple(results), tuple(self.loads[k] for k in kept), tuple(stores), sizes)
+        loads = tuple(self.loads[k] for k in kept)
+        lookups = tuple(sorted(self.lookups.items()))
+        return Lifted(program, axes, lane, tuple(self.leaves), tuple(results), loads, tuple(stores), sizes, lookups)

@@ -28,7 +28,7 @@ class Composite(Reductions):
         source, dim = op.args[0], op.params["dim"]
         size = shape_of(self.view, source)[dim]
         shift = op.params["shift"] % size
-        which, inside = part(index[dim], (shift, size - shift), self.space.axes, self.space.lane)
+        which, inside = part(index[dim], (shift, size - shift), self.sizes, self.space.lane)
         inside = inside + (size - shift if which == 0 else 0)
         return self.load(source, (*index[:dim], inside, *index[dim + 1 :]))
 

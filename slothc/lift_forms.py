@@ -140,21 +140,22 @@ def _blocks(to: list[Size], source: list[Size]) -> list[tuple[list[int], list[in
 
 
 def part(form: Form, widths: Sequence[Size], sizes: Mapping[str, Size], lane: str) -> tuple[int, Form]:
-    """Which piece of a concatenation the element is in, and its index there. Raises ``Split`` on the lane where pieces mix."""
+    """Which piece of a concatenation the element is in, and its index there. Raises ``Split`` on the axis where pieces mix."""
     start: Size = 0
     for number, width in enumerate(widths):
         if below(extent(form, sizes), start + width) and not below(form.const, start):
             return number, form + (0 - start)
         start = start + width
-    if form.axes & {lane} and all(isinstance(w, int) for w in widths) and isinstance(sizes[lane], int):
-        step = form.coefficient(lane)
-        width, edge = sizes[lane], 0
+    axis = lane if form.axes & {lane} else next(iter(form.axes), "") if len(form.axes) == 1 else ""
+    if axis and all(isinstance(w, int) for w in widths) and isinstance(sizes[axis], int):
+        step = form.coefficient(axis)
+        width, edge = sizes[axis], 0
         for w in widths:
             edge += w
             if isinstance(step, int) and (edge - form.const) % step == 0:
                 width = gcd(width, abs(edge - form.const) // step)
             else:
                 raise NotAffine(f"a concatenation is cut at {edge}, inside a step of {step}")
-        if width != sizes[lane]:
-            raise Split(lane, width, blocked=True)
-    raise NotAffine("a concatenation joins pieces along an axis that is not the lane")
+        if width != sizes[axis]:
+            raise Split(axis, width, blocked=True)
+    raise NotAffine("a concatenation joins pieces along an axis whose pieces cannot be told apart")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import sympy as sp
 import torch
 from torch import fx
 
-from slothc.gradients.geometry import Access, Form
+from slothc.gradients.geometry import Access, Form, Size
 from slothc.gradients.program import Input, Kind, Reduce, Stage, symbol
 
 from .lift_complex import Pair
@@ -19,6 +20,19 @@ from .view import GraphView
 
 STORAGE = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int32: "i32",
            torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8", torch.bool: "bool"}  # fmt: skip
+
+LONGEST = 256         # steps of one kernel: what is longer would not stay in registers
+
+
+@dataclass(frozen=True)
+class LeafLookup:
+    """Leaf ``index`` says which of the positions along dimension ``dim`` of a leaf are read; its own are at ``at``."""
+
+    index: int
+    dim: int
+    skipped: int | None
+    along: bool
+    at: tuple[Form, ...]
 
 
 class CannotLift(Exception):
@@ -32,13 +46,16 @@ class CannotLift(Exception):
 class Loader:
     """Scalars of one evaluation over a fixed space: ``load`` gives a node's value at an index, by the handler ``_<kind>`` of its op."""
 
-    def __init__(self, view: GraphView, region: set[fx.Node], space: Space) -> None:
-        self.view, self.region, self.space = view, region, space
+    def __init__(self, view: GraphView, region: set[fx.Node], space: Space, longest: int = LONGEST) -> None:
+        self.view, self.region, self.space, self.longest = view, region, space, longest
         self.at: fx.Node | None = None
         self.memo: dict[tuple[fx.Node, tuple[Form, ...]], Any] = {}
         self.inputs: list[Input] = []
         self.loads: list[Access | None] = []
         self.leaves: list[fx.Node] = []
+        self.lookups: dict[int, LeafLookup] = {}
+        self.indirect: dict[tuple[fx.Node, tuple[Form, ...], int | None, bool], str] = {}
+        self.sizes: dict[str, Size] = dict(space.axes)
         self.stages: list[Stage] = []
 
     # stages
@@ -46,6 +63,8 @@ class Loader:
     def _stage(self, expr: sp.Expr | Reduce, dtype: str | None, force: bool = False, detached: bool = False) -> sp.Symbol:
         if isinstance(expr, sp.Expr) and expr.is_Symbol and dtype is None and not (force and expr.name in {i.name for i in self.inputs}):
             return expr
+        if len(self.stages) >= self.longest and self.at is not None:
+            raise CannotLift(self.at, f"its formula has more than {self.longest} steps")
         name = f"v{len(self.stages)}"
         self.stages.append(Stage(name, expr, dtype, detached))
         return symbol(name)
@@ -70,11 +89,12 @@ class Loader:
             if node not in self.region:
                 self.memo[key] = self._leaf(node, index)
             else:
-                self.at = node
+                outer, self.at = self.at, node
                 handler = getattr(self, f"_{self.view.op(node).kind}", None)
                 if handler is None:
                     raise CannotLift(node, f"{self.view.op(node).kind} has no scalar formula")
                 self.memo[key] = handler(node, self.view.op(node), index)
+                self.at = outer
         return self.memo[key]
 
     def _broadcast(self, arg: Any, index: tuple[Form, ...]) -> sp.Expr:
@@ -95,7 +115,7 @@ class Loader:
 
     def _single(self, form: Form) -> bool:
         """Whether the form is the whole of axes that have size 1 here: such a dimension is an axis, not a broadcast."""
-        return bool(form.terms) and all(self.space.axes[a] == 1 for a in form.axes)
+        return bool(form.terms) and all(self.sizes[a] == 1 for a in form.axes)
 
     def _leaf(self, node: fx.Node, index: tuple[Form, ...]) -> sp.Expr | Pair:
         value = self.view.example(node)
@@ -108,8 +128,7 @@ class Loader:
     def _real_leaf(self, node: fx.Node, index: tuple[Form, ...], dtype: torch.dtype) -> sp.Expr:
         if dtype not in STORAGE:
             raise CannotLift(node, f"its dtype is {str(dtype).removeprefix('torch.')}")
-        tensor = self._operand(node, index)
-        access = Access(tensor, index)
+        access = self._access(node, index)
         kind = Kind(bool(access.axes - {self.space.lane}), self.space.lane in access.axes)
         stem = {(True, True): "x", (False, True): "w", (True, False): "s", (False, False): "c"}[kind.rows, kind.lanes]
         count = sum(i.name.rstrip("0123456789") == stem for i in self.inputs)
@@ -118,14 +137,44 @@ class Loader:
         self.loads.append(access)
         return symbol(self.inputs[-1].name)
 
-    def _operand(self, node: fx.Node, index: tuple[Form, ...]) -> int:
+    def _access(self, node: fx.Node, index: tuple[Form, ...]) -> Access:
+        """Where the leaf is read. A looked-up dimension is read at the index's own places: the access is to the rows looked up."""
+        found = [(d, key) for d, f in enumerate(index) for key, name in self.indirect.items() if name in f.axes]
+        if not found:
+            return Access(self._operand(node, index, None), index)
+        (dim, key), *more = found
+        table, at, skipped, along = key
+        if more or index[dim] != Form.axis(self.indirect[key]):
+            raise CannotLift(node, "it is looked up at more than one index, or at a part of one")
+        if along and (len(at) != len(index) or any(f != g for d, (f, g) in enumerate(zip(at, index)) if d != dim)):
+            raise CannotLift(node, "it is looked up along a dimension after it was moved")
+        index = at if along else (*index[:dim], *at, *index[dim + 1 :])
+        which = next((k for k, leaf in enumerate(self.leaves) if leaf is table and k not in self.lookups), len(self.leaves))
+        self.leaves += [table] * (which == len(self.leaves))
+        return Access(self._operand(node, index, LeafLookup(which, dim, skipped, along, at)), index)
+
+    def _operand(self, node: fx.Node, index: tuple[Form, ...], lookup: LeafLookup | None) -> int:
         """The operand's number; a differentiable tensor read through two maps that may meet counts as two operands."""
         for number_, leaf in enumerate(self.leaves):
+            if leaf is not node or _table(self.lookups.get(number_)) != _table(lookup):
+                continue
             others = [a for a in self.loads if a and a.tensor == number_]
-            if leaf is node and (not self.view.needs_grad(node) or all(self._disjoint(a.index, index) for a in others)):
+            if not self.view.needs_grad(node) or all(self._disjoint(a.index, index) for a in others):
                 return number_
         self.leaves.append(node)
+        if lookup is not None:
+            self.lookups[len(self.leaves) - 1] = lookup
         return len(self.leaves) - 1
+
+    def _looked_up(
+        self, node: fx.Node, index: fx.Node, at: tuple[Form, ...], size: Size, skipped: int | None = None, along: bool = False
+    ) -> Form:
+        """The value of an integer tensor as if it were an axis of its own."""
+        if any(a not in self.space.axes for f in at for a in f.axes):
+            raise CannotLift(node, "it is looked up at an index that is looked up itself")
+        name = self.indirect.setdefault((index, at, skipped, along), f"@{len(self.indirect)}")
+        self.sizes[name] = size
+        return Form.axis(name)
 
     def _disjoint(self, a: tuple[Form, ...], b: tuple[Form, ...]) -> bool:
         """Two maps with the same axes and steps whose constants differ by no multiple of a lane step within the row."""
@@ -140,3 +189,7 @@ class Loader:
                     return below_next
                 return below_next and isinstance(gap, int) and (gap % step != 0 or gap // step >= size)
         return False
+
+
+def _table(lookup: LeafLookup | None) -> tuple[Any, ...] | None:
+    return lookup and (lookup.index, lookup.dim, lookup.skipped, lookup.along)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from functools import reduce
+from itertools import product
+from math import prod
 from typing import Any
 
 import sympy as sp
@@ -39,7 +41,7 @@ class Reductions(Loader):
             raise CannotLift(node, f"it reduces over {size} elements where the row has {space.lane_count()}")
         row = next((f for f in self.space.index if self.space.lane in f.axes), Form.axis(space.lane))
         row = Form(tuple(t for t in row.terms if t[0] == space.lane or t[0] in space.unrolled), row.const)
-        return [fixed(row, c) for c in space.combinations()]
+        return [fixed(row, c) for c in space.lanes()]
 
     def _near(self, source: fx.Node, dim: int, prefix: tuple[Form, ...]) -> bool:
         """Whether the elements along ``dim`` are neighbours in memory, as in a moved last dimension, and an axis runs along them."""
@@ -75,7 +77,7 @@ class Reductions(Loader):
         dim = op.params["dims"][0] if len(op.params["dims"]) == 1 else rank
         prefix = index if not op.params["keepdim"] else (*index[:dim], *index[dim + 1 :])
         if dim != rank - 1 and (dim == rank or not self._near(source, dim, prefix)):
-            raise CannotLift(node, f"it reduces over dimensions {tuple(op.params['dims'])}, not the last")
+            return self._few(node, op, index)
         if fn not in ("sum", "mean", "amax", "amin", "var", "std", "norm", "logsumexp"):
             raise CannotLift(node, f"the reduction {fn} has no formula")
         if not self.view.dtype(source).is_floating_point:
@@ -93,6 +95,26 @@ class Reductions(Loader):
             "logsumexp": lambda: self._reduced("logsumexp", values),
         }
         return self._round(table[fn](), node)
+
+    def _few(self, node: fx.Node, op: Any, index: tuple[Form, ...]) -> sp.Expr:
+        """A reduction over few elements of other dimensions than the last, one load for each."""
+        source, fn, dims = op.args[0], op.params["fn"], tuple(op.params["dims"])
+        shape = shape_of(self.view, source)
+        sizes = [shape[d] for d in dims]
+        if not all(isinstance(n, int) for n in sizes) or not 0 < prod(sizes) <= MAX_LANES or fn not in ("sum", "mean"):
+            raise CannotLift(node, f"it reduces over dimensions {dims}, not the last")
+        if not self.view.dtype(source).is_floating_point:
+            raise CannotLift(node, "a reduction of integers")
+        kept = iter(index if not op.params["keepdim"] else [f for d, f in enumerate(index) if d not in dims])
+        rest = [None if d in dims else next(kept) for d in range(len(shape))]
+        values = []
+        for place in product(*map(range, sizes)):
+            at = dict(zip(dims, map(Form.of, place)))
+            values.append(self.load(source, tuple(at.get(d, f) for d, f in enumerate(rest))))
+        total = values[0]
+        for value in values[1:]:
+            total = self._stage(total + value, None)
+        return self._round(total / len(values) if fn == "mean" else total, node)
 
     def _softmax(self, node: fx.Node, op: Any, index: tuple[Form, ...]) -> sp.Expr:
         source = op.args[0]

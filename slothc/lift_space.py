@@ -34,12 +34,16 @@ class TellsParts(Exception):
 
 @dataclass
 class Space:
-    """The iteration space: row axes, one lane axis, and the lanes' number unrolled into separate equations."""
+    """The iteration space: row axes, one lane axis, and the axes unrolled into separate equations.
+
+    ``unrolled`` axes are parts of the row, ``blocks`` tell rows of one kind from rows of another (the pieces of a stack).
+    """
 
     axes: dict[str, Size]
     index: list[Form]
     lane: str
     unrolled: dict[str, int] = field(default_factory=dict)
+    blocks: dict[str, int] = field(default_factory=dict)
     fresh: int = 0
 
     def split(self, axis: str, inner: Size, blocked: bool) -> None:
@@ -62,12 +66,14 @@ class Space:
                 self.lane = outer
             else:
                 self.lane = low
+        elif blocked:
+            self._unroll(outer, count, self.blocks)
 
-    def _unroll(self, axis: str, count: Size) -> None:
-        total = count * prod(self.unrolled.values())
-        if not isinstance(total, int) or total > MAX_LANES:
+    def _unroll(self, axis: str, count: Size, among: dict[str, int] | None = None) -> None:
+        total = count * prod(self.unrolled.values()) * prod(self.blocks.values())
+        if not isinstance(count, int) or not isinstance(total, int) or total > MAX_LANES:
             raise NotAffine(f"the row falls into {total} pieces, more than {MAX_LANES}")
-        self.unrolled[axis] = count
+        (self.unrolled if among is None else among)[axis] = count
 
     def unroll_pairs(self, axis: str) -> None:
         """The axis of real and imaginary parts becomes two equations; where it was the lane, the axis before it is."""
@@ -81,15 +87,24 @@ class Space:
 
     @property
     def rows(self) -> list[str]:
-        return [a for a in self.axes if a != self.lane and a not in self.unrolled]
+        return [a for a in self.axes if a != self.lane and a not in self.unrolled and a not in self.blocks]
 
     def lane_count(self) -> Size:
         """The elements of a row, over all unrolled lanes."""
         return self.axes[self.lane] * prod(self.unrolled.values())
 
     def combinations(self) -> Iterator[dict[str, int]]:
-        for values in product(*(range(n) for n in self.unrolled.values())):
-            yield dict(zip(self.unrolled, values))
+        """Every value of the unrolled axes: one equation each."""
+        return _counts(self.unrolled | self.blocks)
+
+    def lanes(self) -> Iterator[dict[str, int]]:
+        """Every value of those that are parts of one row."""
+        return _counts(self.unrolled)
+
+
+def _counts(sizes: dict[str, int]) -> Iterator[dict[str, int]]:
+    for values in product(*map(range, sizes.values())):
+        yield dict(zip(sizes, values))
 
 
 def substitute(form: Form, axis: str, to: Form | int) -> Form:

@@ -11,8 +11,9 @@ from torch import fx
 
 from slothc.gradients.geometry import Form
 
-from .lift_forms import part, reshape
+from .lift_forms import divmod_form, part, reshape
 from .lift_loader import CannotLift, Loader
+from .lift_scalars import number
 from .sizes import shape_of
 
 
@@ -23,7 +24,7 @@ class Views(Loader):
 
     def _reshape(self, node: fx.Node, op: Any, index: tuple[Form, ...]) -> sp.Expr:
         source = op.args[0]
-        return self.load(source, reshape(index, shape_of(self.view, node), shape_of(self.view, source), self.space.axes))
+        return self.load(source, reshape(index, shape_of(self.view, node), shape_of(self.view, source), self.sizes))
 
     def _permute(self, node: fx.Node, op: Any, index: tuple[Form, ...]) -> sp.Expr:
         back: list[Form] = [Form()] * len(index)
@@ -57,13 +58,76 @@ class Views(Loader):
     def _cat(self, node: fx.Node, op: Any, index: tuple[Form, ...]) -> sp.Expr:
         dim = op.params["dim"]
         widths = [shape_of(self.view, a)[dim] for a in op.args]
-        which, inside = part(index[dim], widths, self.space.axes, self.space.lane)
+        which, inside = part(index[dim], widths, self.sizes, self.space.lane)
         return self.load(op.args[which], (*index[:dim], inside, *index[dim + 1 :]))
 
     def _stack(self, node: fx.Node, op: Any, index: tuple[Form, ...]) -> sp.Expr:
         dim = op.params["dim"]
-        which, _ = part(index[dim], [1] * len(op.args), self.space.axes, self.space.lane)
+        which, _ = part(index[dim], [1] * len(op.args), self.sizes, self.space.lane)
         return self.load(op.args[which], (*index[:dim], *index[dim + 1 :]))
+
+    def _pad(self, node: fx.Node, op: Any, index: tuple[Form, ...]) -> sp.Expr:
+        back: list[Form] = []
+        for form, size, (low, high) in zip(index, shape_of(self.view, op.args[0]), op.params["pads"]):
+            before = Form.of(max(0, -low))                                 # a negative width cuts
+            widths = (max(0, low), size + min(0, low) + min(0, high), max(0, high))
+            which, inside = part(form, widths, self.sizes, self.space.lane) if low > 0 or high > 0 else (1, form)
+            if which != 1:
+                return number(op.params["value"])
+            back.append(inside + before)
+        return self.load(op.args[0], tuple(back))
+
+    def _write(self, node: fx.Node, op: Any, index: tuple[Form, ...]) -> sp.Expr:
+        """The value where the element is in the part that is written, what was there before elsewhere."""
+        (x, value), inner = op.args, list[Form]()
+        forms = iter(zip(index, shape_of(self.view, x)))
+        for item in op.params["items"]:
+            if item is None:
+                inner.append(Form())
+                continue
+            form, size = next(forms)
+            which, inside = 1, form
+            if item != slice(None):
+                start, stop = (item.start or 0, item.stop) if isinstance(item, slice) else (item, item + 1)
+                stop = size if stop is None else stop
+                which, inside = part(form, (start, stop - start, size - stop), self.sizes, self.space.lane)
+            if which != 1:
+                return self.load(x, index)
+            if isinstance(item, slice):
+                inner.append(inside)
+        return self._round(self._broadcast(value, tuple(inner)), node)
+
+    def _empty(self, node: fx.Node, op: Any, index: tuple[Form, ...]) -> sp.Expr:
+        raise CannotLift(node, "memory without a value")
+
+    def _full(self, node: fx.Node, op: Any, index: tuple[Form, ...]) -> sp.Expr:
+        return number(op.params["value"])
+
+    def _repeat_interleave(self, node: fx.Node, op: Any, index: tuple[Form, ...]) -> sp.Expr:
+        dim = op.params["dim"]
+        which, _ = divmod_form(index[dim], op.params["repeats"], self.sizes)
+        return self.load(op.args[0], (*index[:dim], which, *index[dim + 1 :]))
+
+    def _repeat(self, node: fx.Node, op: Any, index: tuple[Form, ...]) -> sp.Expr:
+        shape = shape_of(self.view, op.args[0])
+        own = index[len(index) - len(shape) :]
+        counts = op.params["repeats"][len(index) - len(shape) :]
+        back = (f if n == 1 else divmod_form(f, size, self.sizes)[1] for f, size, n in zip(own, shape, counts))
+        return self.load(op.args[0], tuple(back))
+
+    def _gather(self, node: fx.Node, op: Any, index: tuple[Form, ...]) -> sp.Expr:
+        (x, table), dim = op.args, op.params["dim"]
+        if op.params.get("along"):
+            row = self._looked_up(node, table, index, shape_of(self.view, x)[dim], along=True)
+            return self.load(x, (*index[:dim], row, *index[dim + 1 :]))
+        rank = len(shape_of(self.view, table))
+        row = self._looked_up(node, table, index[dim : dim + rank], shape_of(self.view, x)[dim])
+        return self.load(x, (*index[:dim], row, *index[dim + rank :]))
+
+    def _embedding(self, node: fx.Node, op: Any, index: tuple[Form, ...]) -> sp.Expr:
+        table, weight = op.args
+        row = self._looked_up(node, table, index[:-1], shape_of(self.view, weight)[0], op.params["padding_idx"])
+        return self.load(weight, (row, index[-1]))
 
     def _item(self, node: fx.Node, op: Any, index: tuple[Form, ...]) -> sp.Expr:
         source = op.args[0]

@@ -30,6 +30,9 @@ PIECES = {"split", "item", "index"}
 REDUCES = {"reduce", "norm", "moments"}
 Cut: TypeAlias = tuple[fx.Node, ...]
 SHORT = 4             # numbers up to here are exponents and halves, not lengths
+LARGEST = 40          # nodes of a part that a rule may name; the largest known has 20
+STEPS = 96            # steps of its formula
+TRIES = 80            # parts of one cone that are evaluated
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,9 @@ class Part:
 
 def parts(view: GraphView, cone: Cone) -> list[Part]:
     """The named parts of ``cone``, last first."""
-    order = {n: k for k, n in enumerate(view.nodes)}
+    order = view.order
     seen: set[fx.Node] = set()
+    tries = [None] * TRIES
 
     def visit(sink: fx.Node) -> Iterator[Part]:
         if sink in seen:
@@ -54,8 +58,11 @@ def parts(view: GraphView, cone: Cone) -> list[Part]:
             cuts = list(_cuts(view, sink, cone.nodes, order))
             for number, cut in enumerate(cuts):
                 inside = _reach(sink, cone.nodes, cut)
+                if len(inside) > LARGEST or not tries:
+                    continue
                 if any(view.op(c).kind == "split" or not _separates(view, c, inside, cone.nodes) for c in cut):
                     continue
+                tries.pop()
                 rule = _identify(view, inside, sink)
                 if rule:
                     begins, inside = _last(view, cone, sink, rule, cut, cuts[number + 1 :], inside)
@@ -67,7 +74,8 @@ def parts(view: GraphView, cone: Cone) -> list[Part]:
             if node in cone.nodes:
                 yield from visit(node)
 
-    return [p for r in cone.results for p in visit(r)]
+    named = [p for r in cone.results for p in visit(r)]
+    return [p for p in named if not any(q.rule == p.rule and q.nodes < p.nodes for q in named)]    # a result and its cast are one thing
 
 
 def _last(
@@ -145,7 +153,7 @@ def _has_rows(view: GraphView, node: fx.Node) -> bool:
 
 def _identify(view: GraphView, inside: set[fx.Node], sink: fx.Node) -> str | None:
     try:
-        lifted = lift(view, inside, [sink])
+        lifted = lift(view, inside, [sink], STEPS)
     except CannotLift:
         return None
     first = [lifted.leaves.index(leaf) for leaf in lifted.leaves]          # one tensor may be several operands

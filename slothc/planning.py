@@ -14,8 +14,8 @@ import torch
 from torch import fx
 
 from slothc.gradients.geometry import Access, Axis, Form, Size
-from slothc.gradients.plan import Operand, Pass, Plan
-from slothc.gradients.program import Input, Output, Program
+from slothc.gradients.plan import Lookup, Operand, Pass, Plan
+from slothc.gradients.program import Input, Output, Program, symbol
 from slothc.gradients.reverse import NotDifferentiable, derive
 
 from .lift import CannotLift, Lifted
@@ -107,7 +107,7 @@ class _Abstract:
 
     def run(self) -> Pass:
         lifted = self.lifted
-        reads = [self._operand(leaf, [a for a in lifted.loads if a and a.tensor == k], leaf) for k, leaf in enumerate(lifted.leaves)]
+        reads = [self._operand(leaf, self._accesses(k), leaf, k) for k, leaf in enumerate(lifted.leaves)]
         writes = [self._operand(node, [a for a in lifted.stores if a.tensor == k], node) for k, node in enumerate(lifted.results)]
         axes = tuple(Axis(self.names[a.name], self.symbols[a.name]) for a in lifted.axes)
         lane = Axis("i", self.symbols[lifted.lane.name])
@@ -115,6 +115,11 @@ class _Abstract:
         loads = tuple(self._access(a) if a else None for a in lifted.loads)
         stores = tuple(map(self._access, lifted.stores))
         return Pass(lifted.program, axes, lane, loads, stores, tuple(reads), tuple(writes), tuple(count.items()))
+
+    def _accesses(self, leaf: int) -> list[Access]:
+        """Where the leaf is read, by the program or to find rows of another."""
+        found = [a for a in self.lifted.loads if a and a.tensor == leaf]
+        return found + [Access(leaf, lookup.at) for _, lookup in self.lifted.lookups if lookup.index == leaf]
 
     def _count(self, size: Size) -> Size:
         name, lanes = self.lifted.lane.name, self.lifted.lane.size
@@ -141,12 +146,16 @@ class _Abstract:
             actual, abstract = c * self.actual[axis], abstract * self.symbols[axis]
         return result, actual, abstract
 
-    def _operand(self, node: fx.Node, accesses: Sequence[Access], named: fx.Node) -> Operand:
+    def _operand(self, node: fx.Node, accesses: Sequence[Access], named: fx.Node, leaf: int | None = None) -> Operand:
         if not isinstance(self.view.example(named), torch.Tensor):
             return Operand((), "fp32", number=True)
         value = self.view.value(named)
         pairs = value.dtype.is_complex
         shape = (*shape_of(self.view, node), *((2,) if pairs else ()))
+        lookup = dict(self.lifted.lookups).get(leaf) if leaf is not None else None
+        if lookup is not None:
+            table = shape_of(self.view, self.lifted.leaves[lookup.index])
+            shape = table if lookup.along else (*shape[: lookup.dim], *table, *shape[lookup.dim + 1 :])
         dims: list[Size] = []
         for d, size in enumerate(shape):
             forms = [self._form(a.index[d]) for a in accesses]
@@ -155,12 +164,14 @@ class _Abstract:
                 fit = sp.Symbol(f"m{self.extra}", integer=True, positive=True)
                 self.extra += 1
             dims.append(size if fit is None else int(fit) if sp.sympify(fit).is_Integer else fit)
+        dtype = "fp32" if pairs else STORAGE[value.dtype]
+        if lookup is not None:
+            return Operand(tuple(dims), dtype, complex=pairs, lookup=Lookup(lookup.index, lookup.dim, lookup.skipped, lookup.along))
         strides, sizes = [_typical(s) for s in value.stride()], [_typical(s) for s in value.shape]
         if pairs:
             strides, sizes = [2 * s for s in strides] + [1], [*sizes, 2]
         order = tuple(sorted(range(len(shape)), key=lambda d: (-strides[d] if sizes[d] > 1 else -(10**15), d)))
         order = _settled(order, sizes)
-        dtype = "fp32" if pairs else STORAGE[value.dtype]
         return Operand(tuple(dims), dtype, None if order == tuple(range(len(shape))) else order, complex=pairs)
 
 
@@ -206,7 +217,8 @@ def _joined(forward: Pass, backward: Program, wrt: tuple[int, ...]) -> Plan:
     backward = _reading(backward, {n: Input(n, forward.program.kinds[n], rounded[n], differentiable=False) for n in stored})
     load = dict(zip((i.name for i in forward.program.inputs), forward.loads))
     read = {a.tensor for i in backward.inputs if (a := load.get(i.name)) is not None}
-    saved_operands = tuple(sorted(read))
+    tables = {t: lookup for t in (*read, *wrt) if (lookup := forward.reads[t].lookup)}
+    saved_operands = tuple(sorted(read | {lookup.index for lookup in tables.values()}))
     held = len(saved_operands)
     numbering = _Numbering(
         {t: k for k, t in enumerate(saved_operands)}, {n: held + k for k, n in enumerate(stored)}, held + len(stored)
@@ -222,11 +234,14 @@ def _joined(forward: Pass, backward: Program, wrt: tuple[int, ...]) -> Plan:
     stores = tuple(_as_access(load[o.name.removeprefix("d_")]) for o in backward.outputs)
     backward = _folding(forward, backward, stores)
     targets, backward, stores = _shared(forward, backward, stores, wrt)
+    passed, backward, stores = _passed(forward, backward, stores)
     loads = tuple(_load(i, load, store, kept, numbering) for i in backward.inputs)
-    first = [wrt[targets.index(k)] for k in range(max(targets) + 1)]
+    first = [t for k in range(max(targets) + 1) if (t := wrt[targets.index(k)]) not in passed]
     renumber = {t: k for k, t in enumerate(first)}
+    leaders = [wrt[targets.index(k)] for k in targets]
+    targets = tuple(-1 - passed[t] if t in passed else renumber[t] for t in leaders)
     stores = tuple(Access(renumber[a.tensor], a.index) for a in stores)
-    reads = (*(forward.reads[t] for t in saved_operands), *(t for _, _, t in extra), *forward.writes)
+    reads = (*(_renumbered(forward.reads[t], numbering) for t in saved_operands), *(t for _, _, t in extra), *forward.writes)
     sizes = tuple((n, e) for n, e in forward.sizes if n in backward.input)
     writes = tuple(_gradient_operand(forward, t, stores, k) for k, t in enumerate(first))
     back = Pass(backward, forward.axes, forward.lane, loads, stores, reads, writes, sizes)
@@ -234,10 +249,11 @@ def _joined(forward: Pass, backward: Program, wrt: tuple[int, ...]) -> Plan:
 
 
 def _folding(forward: Pass, backward: Program, stores: Sequence[Access]) -> Program:
-    """The backward with every gradient that is wider than its operand marked for summing."""
+    """The backward with every gradient that is wider than its operand marked for summing; a table's rows unrounded, they are summed yet."""
     rows = {a.name for a in forward.axes if a.size != 1}
     outputs = tuple(replace(o, over_rows=True, kind=None) if rows - a.axes else o for o, a in zip(backward.outputs, stores))
-    return replace(backward, outputs=outputs)
+    tables = [forward.reads[a.tensor].lookup is not None for a in stores]
+    return replace(backward, outputs=tuple(replace(o, dtype="fp32") if table else o for o, table in zip(outputs, tables)))
 
 
 def _as_access(access: Access | None) -> Access:
@@ -260,6 +276,27 @@ def _shared(
     return tuple(firsts.index(leader[t]) for t in wrt), program, tuple(stores[k] for k in kept)
 
 
+def _passed(forward: Pass, backward: Program, stores: tuple[Access, ...]) -> tuple[dict[int, int], Program, tuple[Access, ...]]:
+    """Operands whose gradient is a result's cotangent, element by element: (operand -> result), and the program without them."""
+    cotangent = {symbol(f"g_{o.name}"): a for o, a in zip(forward.program.outputs, forward.stores)}
+    found: dict[int, int] = {}
+    for o, a in zip(backward.outputs, stores):
+        given = cotangent.get(_value(backward, o.value))
+        alone = sum(b.tensor == a.tensor for b in stores) == 1 and not o.over_rows
+        if alone and given is not None and given.index == a.index and _alike(forward, a, given):
+            found[a.tensor] = given.tensor
+    kept = [k for k, a in enumerate(stores) if a.tensor not in found]
+    program = Program(backward.inputs, backward.stages, tuple(backward.outputs[k] for k in kept)).pruned()
+    return found, program, tuple(stores[k] for k in kept)
+
+
+def _alike(forward: Pass, operand: Access, result: Access) -> bool:
+    """Whether both tensors are of one shape and dtype, and the pass writes the result in one piece."""
+    read, written = forward.reads[operand.tensor], forward.writes[result.tensor]
+    whole = sum(a.tensor == result.tensor for a in forward.stores) == 1
+    return whole and read.shape == written.shape and read.dtype == written.dtype and not read.complex
+
+
 def _value(program: Program, name: str) -> object:
     return program.stage[name].value if name in program.stage else name
 
@@ -268,6 +305,12 @@ def _reading(backward: Program, saved: Mapping[str, Input]) -> Program:
     """The backward with some recomputed stages read from memory in their place."""
     stages = tuple(s for s in backward.stages if s.name not in saved)
     return Program((*backward.inputs, *saved.values()), stages, backward.outputs).pruned()
+
+
+def _renumbered(operand: Operand, numbering: _Numbering) -> Operand:
+    """The operand as the backward reads it."""
+    found = operand.lookup
+    return operand if found is None else replace(operand, lookup=replace(found, index=numbering.operands[found.index]))
 
 
 def _kept(forward: Pass, name: str, number: int, dtype: str) -> tuple[Output, Access, Operand]:
@@ -295,4 +338,5 @@ def _gradient_operand(forward: Pass, tensor: int, stores: Sequence[Access], numb
     sizes = {a.name: a.size for a in (*forward.axes, forward.lane)}
     mine = [a for a in stores if a.tensor == number]
     covered = sum((sp.Mul(*(sizes[x] for x in a.axes)) for a in mine), sp.Integer(0))
-    return replace(operand, zero=not same(covered, sp.Mul(*operand.shape)))
+    dtype = operand.dtype if operand.lookup is None else "fp32"
+    return replace(operand, dtype=dtype, lookup=None, zero=not same(covered, sp.Mul(*operand.shape)))

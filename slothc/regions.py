@@ -15,8 +15,14 @@ from torch import fx
 
 from .view import GraphView
 
-ARITHMETIC = {"pointwise", "reduce", "norm", "softmax", "cat", "stack", "cast", "complex", "glu", "roll", "einsum"}
+ARITHMETIC = {
+    "pointwise", "reduce", "norm", "softmax", "cast", "complex", "glu", "roll", "einsum", "cat", "stack", "pad", "write", "gather",
+    "embedding", "repeat", "repeat_interleave",
+}  # fmt: skip
+LARGEST = 128                     # nodes of a cone: a longer chain is cut, its value an operand
+JOINS = {"cat", "stack", "pad", "write"}
 VIEWS = {"identity", "reshape", "permute", "expand", "index", "split", "item", "moments"}
+FILLED = {"full", "empty"}              # values that nothing is read for: part of a cone, never all of it
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -37,7 +43,7 @@ class Growth:
 
     def __init__(self, view: GraphView, taken: set[fx.Node] | None = None) -> None:
         self.view, self.taken = view, set(taken or ())
-        self.order = {n: k for k, n in enumerate(view.nodes)}
+        self.order = view.order
         self.barred: set[fx.Node] = set()
         self.writes = [self.order[n] for n in view.nodes if view.op(n).params.get("mutates") or view.writes(n)]
 
@@ -47,7 +53,7 @@ class Growth:
         if node in self.taken or not view.alive(node) or node.op in ("placeholder", "output", "get_attr"):
             return False
         kind = view.op(node).kind
-        if (kind not in ARITHMETIC and kind not in VIEWS) or view.mutated(node):
+        if kind not in ARITHMETIC | VIEWS | FILLED or view.mutated(node):
             return False
         value = view.example(node)
         if kind in ("split", "moments"):
@@ -57,7 +63,9 @@ class Growth:
     def cones(self) -> Iterator[Cone]:
         """Every cone, last value first. ``barred`` nodes, set while iterating, are no longer taken in."""
         for node in reversed(self.view.nodes):
-            if self.liftable(node) and self.view.op(node).kind in ARITHMETIC and self.view.dtype(node) in FLOATS:
+            op = self.view.op(node)
+            ends = op.kind in ARITHMETIC or op.params.get("clone")
+            if ends and self.liftable(node) and op.kind != "split" and self.view.dtype(node) in FLOATS:
                 yield self.grow(node)
 
     def grow(self, sink: fx.Node) -> Cone:
@@ -69,7 +77,7 @@ class Growth:
             waiting.remove(node)
             inside = all(u in cone for u in self.view.users(node))
             free = node not in self.barred and self.view.grad_enabled(node) == mode and self.liftable(node)
-            if inside and free and self.steady(node, sink):
+            if inside and free and len(cone) < LARGEST and self.steady(node, sink):
                 cone.add(node)
                 waiting.update(n for n in node.all_input_nodes if n not in cone)
         return Cone(frozenset(cone), (sink,))

@@ -21,6 +21,7 @@ from .blocks import Block, blocks
 from .check import check
 from .errors import RegionDropped, VerificationFailed
 from .found import Found, Region, find
+from .functional import functional, restore
 from .options import Options
 from .regions import behind, leaves
 from .sizes import shape_of
@@ -48,6 +49,7 @@ def rewrite(module: fx.GraphModule, options: Options, run: bool = True, view: Gr
     """Rewrite ``module`` in place and report. ``run=False`` (explain) neither checks nor changes anything."""
     counts["graphs"] += 1
     view = GraphView(module) if view is None else view
+    view = view.again() if functional(view) else view
     result = Rewritten(find(view, options))
     for caller, child in view.child_modules():
         result.children.append(rewrite(child, options, run, view.child(caller, child)))
@@ -216,6 +218,7 @@ class _Splice:
     def __init__(self, view: GraphView) -> None:
         self.view, self.graph = view, view.graph_module.graph
         self.new: dict[fx.Node, fx.Node] = {}
+        self.made: set[fx.Node] = set()
         self.effects = {n for n in view.nodes if view.has_effect(n)}
 
     def all(self, result: Rewritten) -> None:
@@ -231,6 +234,7 @@ class _Splice:
         for node in reversed(self.graph.nodes):
             if not node.users and node not in self.effects and node.op not in ("placeholder", "output"):
                 self.graph.erase_node(node)
+        restore(self.graph, self.made)
         self.graph.lint()
         self.view.graph_module.recompile()
 
@@ -246,6 +250,7 @@ class _Splice:
         made.meta = dict(node.meta)
         node.replace_all_uses_with(made)
         self.new[node] = made
+        self.made.add(made)
 
     def region(self, region: Region) -> None:
         results, call = region.cone.results, rowwise_op.call(region.plan)
@@ -259,5 +264,6 @@ class _Splice:
         with self.graph.inserting_before(place):
             made = self.graph.call_function(call, self._current(operands))
             values = [self.graph.call_function(operator.getitem, (made, k)) for k in range(len(results))]
+        self.made.add(made)
         for node, value in zip(results, values):
             self._instead(node, value)

@@ -16,10 +16,11 @@ from slothc.patterns.meaning import Op
 
 from .spellings_call import Call, Decline, Row, example, settled
 from .spellings_composite import COMPOSITE
-from .spellings_effects import written
+from .spellings_effects import written as written_to
 from .spellings_matrix import MATRIX
 from .spellings_pointwise import POINTWISE
 from .spellings_views import VIEWS
+from .written import written
 
 TABLE: dict[str, Row] = {**POINTWISE, **VIEWS, **MATRIX, **COMPOSITE}
 
@@ -39,6 +40,7 @@ def _names() -> dict[Any, str]:
             if callable(function) and own in TABLE and function.__hash__ is not None:
                 found.setdefault(function, own)
     found[torch.Tensor.where] = ".where"
+    found[written] = "written"
     return found
 
 
@@ -77,7 +79,7 @@ def meaning(node: fx.Node, example: Callable[[Any], Any] = example) -> Op:
     name = target_name(node)
     if node.op not in ("call_function", "call_method"):
         return Op("opaque", _operands(node), {"fn": node.op})
-    targets = written(node, name, example)
+    targets = written_to(node, name, example)
     if targets:
         return _mutation(node, name, targets)
     value = example(node)

@@ -15,7 +15,8 @@ from slothc.patterns.meaning import Op
 _REQUIRED = object()
 _KEYWORDS = {
     "input": ("x",), "self": ("x",), "axis": ("dim",), "keepdims": ("keepdim",), "dims": ("dim", "sizes", "repeats"),
-    "dim": ("sizes",), "size": ("sizes",), "shape": ("sizes",), "normalized_shape": ("sizes",), "mat2": ("other",),
+    "dim": ("sizes",), "size": ("sizes",), "shape": ("sizes",), "normalized_shape": ("sizes",), "pad": ("sizes",),
+    "mat2": ("other",), "fill_value": ("value",),
     "ord": ("p",), "query": ("q",), "key": ("k",), "value": ("v",), "split_size_or_sections": ("split_size",),
     "indices_or_sections": ("parts",), "indices": ("x", "parts"), "sections": ("parts",),
     "axis0": ("dim0",), "axis1": ("dim1",), "abs": ("x",), "angle": ("other",), "imag": ("other",), "real": ("x",),

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from slothc.patterns.meaning import Op
 
 from .spellings_call import Call, Decline, Row, is_number, node_of, operand
@@ -103,14 +101,6 @@ def _terms(text: Any, count: int) -> tuple[tuple[str, ...], str]:
     return terms, out
 
 
-def _gather(call: Call) -> Op:
-    """Every element looked up along one dimension at an index of its own."""
-    x, index = node_of(call["x"]), node_of(call["index"])
-    if call.value(index).dtype != torch.int64 or call.value(x).dim() != call.value(index).dim() or not call.value(x).dim():
-        raise Decline("gathered at one number")
-    return Op("gather", (x, index), {"dim": call.dim(call["dim"], call.value(x).dim()), "along": True})
-
-
 def _rows() -> dict[str, Row]:
     rows: dict[str, Row] = {}
 
@@ -124,7 +114,6 @@ def _rows() -> dict[str, Row]:
     put("F.normalize", "x p dim eps", _normalize, p=2.0, dim=1, eps=1e-12)
     put("var_mean std_mean", "x dim unbiased keepdim", _moments, dim=None, unbiased=None, keepdim=False, correction=1)
     put("roll", "x shifts dim", _roll, dim=None)
-    put("gather", "x dim index", _gather, sparse_grad=False)
     put("einsum", "equation *tensors", _einsum)
     return rows
 

@@ -10,7 +10,7 @@ from torch import fx
 
 from slothc.patterns.meaning import Op
 
-from .spellings_call import Call, Decline, Row, node_of, same_kind, same_shape
+from .spellings_call import Call, Decline, Row, is_number, node_of, same_kind, same_shape
 
 
 def _identity_or(call: Call, op: Op) -> Op:
@@ -100,7 +100,63 @@ def getitem(call: Call) -> Op:
     items = key if isinstance(key, tuple) else (key,)
     if _keeps_all(items) and same_kind(value, call.out):
         return Op("identity", (x,))
+    if any(isinstance(item, fx.Node) for item in items):
+        return _looked_up(call, x, items)
+    if any(isinstance(item, list) for item in items):
+        return _copied(_indexed(call, x, _items(_runs(items), value)))
     return _indexed(call, x, _items(items, value))
+
+
+def _looked_up(call: Call, x: fx.Node, items: tuple[Any, ...]) -> Op:
+    """One integer tensor among whole slices: rows of ``x`` looked up."""
+    at = [k for k, item in enumerate(items) if isinstance(item, fx.Node)]
+    rest = [item for k, item in enumerate(items) if k not in at]
+    if len(at) != 1 or not all(isinstance(item, slice) and item == slice(None) for item in rest[: at[0]]):
+        raise Decline("indexed by tensors or nodes")
+    if not all(item is Ellipsis or (isinstance(item, slice) and item == slice(None)) for item in rest[at[0] :]):
+        raise Decline("indexed by a tensor among other things")
+    return _gather(call, x, at[0], node_of(items[at[0]]))
+
+
+def _gather(call: Call, x: fx.Node, dim: int, index: fx.Node) -> Op:
+    if call.value(index).dtype not in (torch.int64, torch.int32):
+        raise Decline("indexed by flags")
+    return Op("gather", (x, index), {"dim": dim})
+
+
+def _each(call: Call) -> Op:
+    """``torch.gather``: every element looked up along one dimension at an index of its own."""
+    x, index = node_of(call["x"]), node_of(call["index"])
+    rank = call.value(x).dim()
+    if call.value(index).dtype not in (torch.int64, torch.int32) or rank != call.value(index).dim() or not rank:
+        raise Decline("gathered at flags or at one number")
+    return Op("gather", (x, index), {"dim": call.dim(call["dim"], rank), "along": True})
+
+
+def _index_select(call: Call) -> Op:
+    x, index = node_of(call["x"]), node_of(call["index"])
+    if call.value(index).dim() != 1:
+        raise Decline("selected at one number")
+    return _gather(call, x, call.dim(call["dim"], call.value(x).dim()), index)
+
+
+def _runs(items: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The one list among slices as the slice that it spells: numbers that count up by one, from either end."""
+    lists = [item for item in items if isinstance(item, list)]
+    plain = all(item is None or item is Ellipsis or isinstance(item, slice | list) for item in items)
+    numbers = lists[0]
+    whole = all(isinstance(n, int) and not isinstance(n, bool) for n in numbers)
+    if len(lists) != 1 or not plain or not numbers or not whole or numbers != [*range(numbers[0], numbers[-1] + 1)]:
+        raise Decline("indexed by a list")
+    first, last = numbers[0], numbers[-1]
+    if first < 0 <= last:
+        raise Decline("indexed by a list that goes round")
+    return tuple(slice(first, last + 1 or None) if isinstance(item, list) else item for item in items)
+
+
+def _copied(op: Op) -> Op:
+    """The same elements in memory of their own."""
+    return Op(op.kind, op.args, {**op.params, "clone": True})
 
 
 def _keeps_all(items: tuple[Any, ...]) -> bool:
@@ -215,12 +271,52 @@ def _repeat(call: Call) -> Op:
     return _identity_or(call, Op("repeat", (x,), {"repeats": repeats}))
 
 
+def _pad(call: Call) -> Op:
+    x, widths, value = node_of(call["x"]), call["sizes"], call["value"]
+    if call["mode"] != "constant" or not all(isinstance(w, int) for w in widths) or not (value is None or is_number(value)):
+        raise Decline("padded by nodes, or by values of its own")
+    if not any(widths):
+        return Op("identity", (x,), {"clone": True})
+    rank = call.value(x).dim()
+    pads = [(0, 0)] * (rank - len(widths) // 2) + [(widths[k], widths[k + 1]) for k in range(len(widths) - 2, -1, -2)]
+    return Op("pad", (x,), {"pads": tuple(pads), "value": value or 0})
+
+
+def _full(value: float | None) -> Callable[[Call], Op]:
+    """A tensor of one number; ``value`` None: the call says which."""
+
+    def make(call: Call) -> Op:
+        number = call["value"] if value is None else value
+        if not is_number(number) or not (call.out.is_floating_point() or call.out.dtype == torch.bool):
+            raise Decline("filled with a node, or with integers")
+        return Op("full", (), {"value": number})
+
+    return make
+
+
+def _written(call: Call) -> Op:
+    x, key, value = node_of(call["x"]), call["key"], call["value"]
+    if not isinstance(value, fx.Node) and not is_number(value):
+        raise Decline("written from something that is neither a tensor nor a number")
+    items = _items(key if isinstance(key, tuple) else (key,), call.value(x))
+    if any(isinstance(i, slice) and i.step not in (None, 1) for i in items):
+        raise Decline("written in steps")
+    return Op("write", (x, value), {"items": items})
+
+
+def _empty(call: Call) -> Op:
+    return Op("empty")
+
+
 def _complex(fn: str) -> Callable[[Call], Op]:
     return lambda call: Op("complex", (node_of(call["x"]),), {"fn": fn})
 
 
 def _complex_pair(fn: str) -> Callable[[Call], Op]:
     return lambda call: Op("complex", (node_of(call["x"]), node_of(call["other"])), {"fn": fn})
+
+
+_NEW = dict.fromkeys(("dtype", "device", "layout", "memory_format", "pin_memory", "out"))
 
 
 def _rows() -> dict[str, Row]:
@@ -245,6 +341,8 @@ def _rows() -> dict[str, Row]:
     put("getitem __getitem__", "x key", getitem)
     put("narrow", "x dim start length", _narrow)
     put("select", "x dim index", _select)
+    put("index_select", "x dim index", _index_select)
+    put("gather", "x dim index", _each, sparse_grad=False)
     put("slice", "x dim start end step", _slice, dim=0, start=None, end=None, step=1)
     put("cat concat concatenate", "tensors dim", _cat, dim=0)
     put("stack", "tensors dim", _stack, dim=0)
@@ -254,6 +352,16 @@ def _rows() -> dict[str, Row]:
     put("unbind", "x dim", _unbind, dim=0)
     put("repeat_interleave", "x repeats dim", _repeat_interleave, dim=None, output_size=None)
     put("repeat tile", "x *repeats", _repeat)
+    put("pad constant_pad_nd", "x sizes mode value", _pad, mode="constant", value=None)
+    for name, number in (("zeros", 0), ("ones", 1)):
+        put(f"{name}_like new_{name}", "x *sizes", _full(number), **_NEW)
+        put(name, "*sizes", _full(number), **_NEW)
+    put("empty_like new_empty", "x *sizes", _empty, **_NEW)
+    put("empty", "*sizes", _empty, **_NEW)
+    put("written", "x key value", _written)
+    put("full_like", "x value", _full(None), **_NEW)
+    put("new_full", "x sizes value", _full(None), **_NEW)
+    put("full", "sizes value", _full(None), **_NEW)
     put("view_as_complex", "x", _complex("view_as_complex"))
     put("view_as_real", "x", _complex("view_as_real"))
     put("real", "x", _complex("real"))

@@ -14,7 +14,7 @@ from .view import GraphView
 
 def structure(view: GraphView, cone: Cone) -> tuple[str, list[fx.Node], list[fx.Node]]:
     """(canonical text, the cone's nodes in order, its leaves in order of first use)."""
-    nodes = sorted(cone.nodes, key={n: k for k, n in enumerate(view.nodes)}.__getitem__)
+    nodes = sorted(cone.nodes, key=view.order.__getitem__)
     place = {n: f"v{k}" for k, n in enumerate(nodes)}
     leaves: dict[fx.Node, str] = {}
     lines: list[str] = []

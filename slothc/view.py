@@ -52,6 +52,7 @@ class GraphView:
     ) -> None:  # fmt: skip
         self.graph_module = graph_module
         self.nodes: tuple[fx.Node, ...] = tuple(graph_module.graph.nodes)
+        self.order: dict[fx.Node, int] = {n: k for k, n in enumerate(self.nodes)}
         self._values: dict[fx.Node, Any] = dict(values or {})
         self._ops: dict[fx.Node, Op] = {}
         self._grad = _grad_spans(self.nodes, grad_enabled)
@@ -168,12 +169,29 @@ class GraphView:
         gives_nothing = not node.users and self.example(node) is None and name not in _WITHOUT_EFFECT
         return gives_nothing or name.startswith(_EFFECTS + _NESTING)
 
-    def _find_mutated(self) -> set[fx.Node]:
+    def memories(self) -> list[list[fx.Node]]:
+        """The values that may share storage with one that is written to, set by set, each in order."""
+        groups, found = self._groups(), dict[fx.Node, list[fx.Node]]()
+        for node in self.nodes:
+            found.setdefault(groups.root(node), []).append(node)
+        written = {groups.root(target) for node in self.nodes for target in self._written(node)}
+        return [members for root, members in found.items() if root in written]
+
+    def again(self) -> GraphView:
+        """A view of the same graph after it was changed."""
+        first = self._grad[self.nodes[0]] if self.nodes else True
+        return GraphView(self.graph_module, self._values, first)
+
+    def _groups(self) -> Groups:
         groups = Groups()
         for node in self.nodes:
             for other in self._aliases(node):
                 groups.join(node, other)
             groups.join_storages(node, self.example(node))
+        return groups
+
+    def _find_mutated(self) -> set[fx.Node]:
+        groups = self._groups()
         written = {groups.root(target) for node in self.nodes for target in self._written(node)}
         return {node for node in self.nodes if groups.root(node) in written}
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from slothc.gradients.plan import Plan
-from slothc.kernels import rowwise
+from slothc.kernels import rowwise, rowwise_op
 from torch import Tensor
 
 from slothc.capture import captured
@@ -155,7 +155,9 @@ class Case:
             found = getattr(rowwise.launcher(plan.backward), lowering)(reads)
             for operand, target in zip(plan.wrt, plan.targets):
                 name = f"gradient {self.places[operand]}"
-                values[name] = values[name] + found[target]
+                gradient = found[target] if target >= 0 else cotangents[-1 - target]
+                tables = {operand: (operands[operand].shape, operands[operand].dtype)}
+                values[name] = values[name] + rowwise_op.whole_gradient(plan, operand, gradient, reads, tables)
         return values
 
     def wanted(self, arguments: Sequence[Any]) -> list[int]:

@@ -30,7 +30,7 @@ COUNTS: dict[str, dict[str, int]] = {
     "deepseek_v3": {"rms_norm": 9, "rope": 4, "gated_mlp": 3, "attention": 2, "lora_linear": 10},
     "mixtral": {"rms_norm": 5, "rope": 4, "gated_mlp": 2, "attention": 2, "lora_linear": 8},
     "stablelm": {"layer_norm": 5, "rope": 4, "gated_mlp": 2, "attention": 2, "lora_linear": 14},
-    "gptj": {"layer_norm": 3, "rope": 4, "lora_linear": 12},
+    "gptj": {"layer_norm": 3, "rope": 4, "attention": 2, "lora_linear": 12},
     "starcoder2": {"layer_norm": 5, "rope": 4, "attention": 2, "lora_linear": 12},
     "granite": {"rms_norm": 5, "rope": 4, "gated_mlp": 2, "attention": 2, "lora_linear": 14},
     "falcon_h1": {"rms_norm": 5, "rope": 4, "gated_mlp": 4, "attention": 2, "lora_linear": 16},

@@ -81,9 +81,63 @@ def from_the_end(x: Tensor) -> Tensor:
     return x[..., -16:] * x[:, -1:, -16:].exp()
 
 
+def from_a_list(x: Tensor) -> Tensor:
+    return torch.tanh(x[:, [-3, -2]]) * 2.0
+
+
+def padded(x: Tensor) -> Tensor:
+    return F.pad(torch.tanh(x), (16, 16), value=0.5) * 2.0
+
+
+def padded_rows(x: Tensor) -> Tensor:
+    return F.pad(x, (0, 0, 1, 2)) * 2.0 + 1.0
+
+
+def cut_by_padding(x: Tensor) -> Tensor:
+    return F.pad(torch.exp(x), (-8, -8, 0, 0)) + 1.0
+
+
+def not_padded(x: Tensor) -> Tensor:
+    return F.pad(torch.tanh(x), (0, 0, 0, 0))
+
+
+def repeated(x: Tensor) -> Tensor:
+    return torch.tanh(x.repeat(2, 3, 1)) + 1.0
+
+
+def interleaved(x: Tensor) -> Tensor:
+    return torch.tanh(x.repeat_interleave(3, dim=1)) * 2.0
+
+
+def few(x: Tensor) -> Tensor:
+    return torch.tanh(x.view(2, 5, 4, 12)).sum(2) * 2.0
+
+
+def few_of_two(x: Tensor) -> Tensor:
+    return x.view(2, 5, 2, 2, 12).mean((2, 3), keepdim=True) * x.view(2, 5, 2, 2, 12)
+
+
+def stacked(x: Tensor) -> Tensor:
+    return torch.stack((x * 2.0, torch.tanh(x)), dim=1) + 1.0
+
+
+def joined_rows(x: Tensor) -> Tensor:
+    return torch.cat((x[:, :2], torch.exp(x[:, 1:])), dim=1) + 1.0
+
+
+def normed_stack(x: Tensor, w: Tensor) -> Tensor:
+    h = torch.stack((x * 2.0, torch.tanh(x)), dim=1)
+    return w * h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-6)
+
+
+def filled(x: Tensor) -> Tensor:
+    return torch.where(x > 0, x, torch.full_like(x, -2.0)) * torch.ones(48) + x.new_zeros(5, 1)
+
+
 VIEWS: dict[Callable[..., Any], int] = {                                  # with the number of scalar equations a row falls into
     halves: 2, chunks: 1, pairs: 2, pairs_by_view: 2, partial: 6, pieces: 6, grouped_norm: 1, norm_of_heads: 1, merged_heads: 1,
-    sum_of_halves: 1, whole_row_of_pieces: 2, outer: 1, from_the_end: 1,
+    sum_of_halves: 1, whole_row_of_pieces: 2, outer: 1, from_the_end: 1, from_a_list: 1, padded: 5, padded_rows: 8, cut_by_padding: 1,
+    not_padded: 1, repeated: 1, interleaved: 1, few: 1, few_of_two: 1, stacked: 2, joined_rows: 3, normed_stack: 2, filled: 1,
 }  # fmt: skip
 
 
@@ -114,8 +168,9 @@ def test_equal_spellings_lift_to_one_plan() -> None:
 
 REASONS: list[tuple[Callable[..., Any], str]] = [
     (lambda x: torch.cumsum(x, -1) * 2.0, "formula"),
-    (lambda x: x.mean(1, keepdim=True) + 1.0, "not the last"),
-    (lambda x: torch.cat((x, x), dim=0) * 2.0, "not the lane"),
+    (lambda x: x.transpose(1, 2).mean(1, keepdim=True) + 1.0, "not the last"),
+    (lambda x: torch.cat([x[:1]] * 17) * 2.0, "17 pieces"),
+    (lambda x: F.pad(x, (1, 1), mode="reflect") * 2.0, "formula"),
     (lambda x: x.view(2, 5, 16, 3).transpose(2, 3).reshape(2, 5, 48).cumprod(-1), "formula"),
 ]
 
@@ -175,5 +230,8 @@ def test_pieces_of_a_concatenation() -> None:
     with pytest.raises(Split) as split:
         part(i, [2, 6], SIZES, "i")
     assert split.value.inner == 2 and split.value.blocked
-    with pytest.raises(NotAffine):
+    with pytest.raises(Split) as split:
         part(Form.axis("a"), [2, 4], SIZES, "i")
+    assert (split.value.axis, split.value.inner) == ("a", 2) and split.value.blocked
+    with pytest.raises(NotAffine):
+        part(Form.axis("a") + Form.axis("b"), [2, 4], SIZES, "i")

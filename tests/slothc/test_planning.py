@@ -110,9 +110,11 @@ def test_only_wanted_gradients_are_derived() -> None:
 
 
 def mutated(x: Tensor) -> Tensor:
+    """A view outlives the write: which value it shows depends on when it is read."""
     h = torch.tanh(x) * 2.0
+    low = h[..., :16]
     h.add_(1.0)
-    return F.silu(h) * x
+    return F.silu(h) * x + torch.cat((low, low, low), dim=-1)
 
 
 def mutated_view(x: Tensor) -> Tensor:
@@ -146,6 +148,7 @@ def test_boundaries(function: Callable[..., Any]) -> None:
 
 
 def test_a_mutated_value_is_in_no_region() -> None:
-    for region in found_in(mutated, [torch.randn(2, 5, 48)]).regions:
-        assert not any("add_" in str(n) for n in region.cone.nodes)
-        assert "tanh" not in {getattr(n.target, "__name__", n.target) for n in region.cone.nodes}
+    found = found_in(mutated, [torch.randn(2, 5, 48)])
+    assert found.regions
+    for region in found.regions:
+        assert not any(found.view.mutated(n) for n in region.cone.nodes)

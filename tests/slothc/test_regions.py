@@ -12,8 +12,10 @@ from forms import rms_norm
 from torch import Tensor, fx
 
 from slothc.capture import captured, found_in
-from slothc.found import Found
-from slothc.regions import Cone, Growth, leaves
+from slothc.found import MOST, Found, find
+from slothc.lift_loader import LONGEST
+from slothc.options import Options
+from slothc.regions import LARGEST, Cone, Growth, leaves
 from slothc.statistics import counts
 from slothc.view import GraphView
 
@@ -113,6 +115,65 @@ def test_identical_layers_are_lifted_once() -> None:
     assert counts["lifted"] - before <= 2                                  # the eye matrix's cone, and the norm's
 
 
-def test_a_lone_operation_is_left_alone() -> None:
-    """One pointwise operation spares no trip through memory."""
-    assert not found_in(lambda a: torch.tanh(a), [x()]).regions
+def test_a_lone_operation_moves_what_eager_moves() -> None:
+    """One pointwise operation is a region; a lone join is none: its gradients are views of the result's, which cost eager nothing."""
+    (region,) = found_in(lambda a, w: torch.tanh(a @ w) @ w, [x(), torch.randn(48, 48)]).regions
+    assert names(region.cone.nodes) == {"tanh"}
+    joined = found_in(lambda a, w: torch.cat((a @ w, a @ w), dim=-1) @ torch.cat((w, w)), [x(), torch.randn(48, 48)])
+    assert not any(names(r.cone.nodes) & {"cat"} for r in joined.regions)
+
+
+def test_a_sum_has_no_backward_kernel() -> None:
+    """The gradient of a lone sum is the result's, handed on as it is; that of a broadcast term is summed."""
+    (region,) = found_in(lambda a, b, w: (a @ w + b) @ w, [x(), x(), torch.randn(48, 48)]).regions
+    assert region.plan.targets == (-1, -1) and region.plan.backward is not None and not region.plan.backward.writes
+    (region,) = found_in(lambda a, b, w: (a @ w + b) @ w, [x(), torch.randn(48), torch.randn(48, 48)]).regions
+    assert sorted(region.plan.targets) == [-1, 0]
+
+
+def test_a_sum_read_through_a_view_is_written_for_others_too() -> None:
+    """A residual whose rows are merged before the norm: one kernel writes the norm and the sum."""
+
+    def function(a: Tensor, b: Tensor, w: Tensor, m: Tensor) -> Tensor:
+        h = (a @ m + b).reshape(-1, 48)
+        return rms_norm(h, w) @ m + h
+
+    found = found_in(function, [x(), x(), torch.randn(48), torch.randn(48, 48)])
+    assert sorted(len(r.cone.results) for r in found.regions) == [1, 2]
+
+
+def test_the_body_of_an_autograd_function_is_fused() -> None:
+    """There nothing wants a gradient; elsewhere such values are tables made once, and left alone."""
+    found = found_in(lambda a: (torch.sin(a.detach() * 2.0) + 1.0) @ a.transpose(1, 2), [x()])
+    assert not found.regions
+    view = GraphView(captured(lambda a: torch.sin(a * 2.0) + 1.0, [x()]))
+    assert len(find(view, Options()).regions) == 1
+
+
+def test_an_unrolled_recurrence_is_cut_off() -> None:
+    """One formula for each step, each with its own plan and check, would make compiling endless."""
+
+    def function(a: Tensor, w: Tensor) -> Tensor:
+        for k in range(MOST + 5):
+            a = torch.tanh(a @ w) * (k + 2.5)
+        return a
+
+    found = found_in(function, [x(), torch.randn(48, 48)])
+    assert len(found.regions) == MOST and any("different formulas" in m.reason for m in found.misses)
+
+
+def test_a_formula_ends_where_it_grows_too_long() -> None:
+    def chain(a: Tensor, b: Tensor) -> Tensor:
+        for k in range(LARGEST):
+            a = torch.tanh(a) * b + k
+        return a
+
+    def pieces(a: Tensor) -> Tensor:
+        for k in range(30):
+            a = torch.cat([p * k + 1.5 for p in torch.tanh(a).split(3, dim=-1)], dim=-1)
+        return a
+
+    regions = found_in(chain, [x(), x()]).regions
+    assert sum(len(r.cone.nodes) for r in regions) == 3 * LARGEST and max(len(r.cone.nodes) for r in regions) == LARGEST
+    lengths = [len(r.plan.forward.program.stages) for r in found_in(pieces, [x()]).regions]
+    assert len(lengths) > 1 and max(lengths) <= LONGEST

@@ -129,7 +129,7 @@ def test_boolean_arithmetic_is_named_only_for_booleans() -> None:
         lambda x: torch.baddbmm(x[None], x[None], x[None].mT @ x[None]),
         lambda x: x.view(torch.int32),
         lambda x: F.group_norm(x, 2),
-        lambda x: x[torch.arange(2)],
+        lambda x: torch.take(x, torch.arange(2)),
     ],
 )
 def test_opaque(function: Callable[..., Any]) -> None:
