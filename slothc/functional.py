@@ -93,12 +93,15 @@ def _writes(view: GraphView, base: fx.Node, members: Sequence[fx.Node], order: d
         write = _write(view, node, handles)
         if write is None or view.grad_enabled(node) != view.grad_enabled(base):
             return []
-        if write.view is None:
+        part = write.view
+        if part is None:
             handles.add(node)
         else:
-            write = replace(write, echo=_echo(write, handles))
-            echoes.update({write.echo} - {None})
-            if len(node.users) > (write.echo is not None) or _later(write.view, node, order):
+            echo = _echo(write, handles)
+            write = replace(write, echo=echo)
+            if echo is not None:
+                echoes.add(echo)
+            if len(node.users) > (echo is not None) or _later(part, node, order):
                 return []
         found.append(write)
     stale = [v for v in later if v not in handles and not view.op(v).params.get("mutates")]
@@ -148,7 +151,7 @@ def _basic(key: Any) -> bool:
 
 def _keeps(view: GraphView, node: fx.Node) -> bool:
     """Whether the operation out of place has its first argument's shape and dtype too."""
-    mine = view.value(node.args[0])
+    mine = view.example(node.args[0])
     for other in (*node.args[1:], *node.kwargs.values()):
         value = view.example(other) if isinstance(other, fx.Node) else other
         if isinstance(value, torch.Tensor):

@@ -192,4 +192,4 @@ class Loader:
 
 
 def _table(lookup: LeafLookup | None) -> tuple[Any, ...] | None:
-    return lookup and (lookup.index, lookup.dim, lookup.skipped, lookup.along)
+    return None if lookup is None else (lookup.index, lookup.dim, lookup.skipped, lookup.along)

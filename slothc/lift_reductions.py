@@ -106,7 +106,7 @@ class Reductions(Loader):
         if not self.view.dtype(source).is_floating_point:
             raise CannotLift(node, "a reduction of integers")
         kept = iter(index if not op.params["keepdim"] else [f for d, f in enumerate(index) if d not in dims])
-        rest = [None if d in dims else next(kept) for d in range(len(shape))]
+        rest = [Form.of(0) if d in dims else next(kept) for d in range(len(shape))]
         values = []
         for place in product(*map(range, sizes)):
             at = dict(zip(dims, map(Form.of, place)))
