@@ -15,13 +15,15 @@ class Lookup:
     """Rows looked up: dimension ``dim`` of the tensor is read where the integer tensor ``index`` (a number among the reads) says.
 
     The operand's shape is that of the result, [..., *index's shape, ...]. A row ``skipped`` gets no gradient (a padding row).
-    ``along``: each element has an index of its own, which has the result's shape and the tensor's dimensions.
+    ``along``: each element has an index of its own, which has the result's shape and the tensor's dimensions. ``signed``: a negative
+    index counts from the end; without it such an index is an error.
     """
 
     index: int
     dim: int
     skipped: int | None = None
     along: bool = False
+    signed: bool = False
 
 
 @dataclass(frozen=True)

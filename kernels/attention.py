@@ -4,6 +4,7 @@ where it has not.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,8 @@ import torch.nn.functional as F
 
 BLOCK = 1 << 24  # elements compared at a time: the comparison never holds a second mask
 MASKED = -1e30  # an additive mask of this or less is exactly zero after the softmax of any row that has a finite score
+
+Steps = Sequence[tuple[str, float]]
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,41 @@ def attention(
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=causal, scale=scale, enable_gqa=enable_gqa
     )
+
+
+def additive(steps: Steps, parts: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """One additive mask out of the steps that a model takes from its scores to its softmax, the first one first."""
+    total = torch.zeros((), dtype=dtype, device=parts[0].device)
+    return _masked(total, steps, parts)
+
+
+def blind(mask: torch.Tensor) -> torch.Tensor:
+    """Whether an additive mask has a row in which every key is shut (a bool without dimensions).
+
+    There log(sum_j exp(s_j)) = s + log n rounds to s, from which a fused kernel's backward finds weights of 1, not of 1/n.
+    """
+    return (mask <= MASKED).all(-1).any()
+
+
+def written_out(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, steps: Steps, parts: Sequence[torch.Tensor], scale: float
+) -> torch.Tensor:
+    """softmax(steps(scale * q k^T)) v as it stands, softmax in fp32 at least: for masks with blind rows."""
+    if k.shape[1] != q.shape[1]:
+        k, v = (repeat_heads(t, q.shape[1] // t.shape[1]) for t in (k, v))
+    scores = _masked(q @ k.transpose(-2, -1) * scale, steps, parts)
+    return torch.softmax(scores, -1, torch.promote_types(scores.dtype, torch.float32)).to(v.dtype) @ v
+
+
+def _masked(scores: torch.Tensor, steps: Steps, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """``add``: the part is added. ``keep``: a number stands where the part is false; ``drop``: where it is true."""
+    for (kind, value), part in zip(steps, parts, strict=True):
+        if kind == "add":
+            scores = scores + part
+        else:
+            number = value if value == float("-inf") else max(value, torch.finfo(scores.dtype).min)
+            scores = torch.where(part if kind == "keep" else ~part, scores, number)
+    return scores
 
 
 def repeat_heads(x: torch.Tensor, n: int) -> torch.Tensor:

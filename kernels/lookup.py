@@ -15,13 +15,13 @@ def look_up(table: Tensor, lookup: Lookup, index: Tensor) -> Tensor:
     dim = lookup.dim
     if lookup.along:
         return table.gather(dim, index)
-    flat = table.index_select(dim, counted(index, table.shape[dim]).reshape(-1))
+    flat = table.index_select(dim, counted(lookup, index, table.shape[dim]).reshape(-1))
     return flat.reshape(*table.shape[:dim], *index.shape, *table.shape[dim + 1 :])
 
 
-def counted(index: Tensor, size: int) -> Tensor:
-    """Numbers from the end as numbers from the start."""
-    return torch.where(index < 0, index + size, index)
+def counted(lookup: Lookup, index: Tensor, size: int) -> Tensor:
+    """Numbers from the end as numbers from the start, where the lookup takes them."""
+    return torch.where(index < 0, index + size, index) if lookup.signed else index
 
 
 def spread(gradient: Tensor, lookup: Lookup, index: Tensor, shape: torch.Size) -> Tensor:
@@ -29,8 +29,11 @@ def spread(gradient: Tensor, lookup: Lookup, index: Tensor, shape: torch.Size) -
     if lookup.along:
         return gradient.new_zeros(shape).scatter_add(lookup.dim, index, gradient)
     if lookup.dim == 0:
-        rows, flat = gradient.reshape(index.numel(), -1), counted(index, shape[0]).reshape(-1)
+        rows, flat = gradient.reshape(index.numel(), -1), counted(lookup, index, shape[0]).reshape(-1)
         skipped = -1 if lookup.skipped is None else lookup.skipped
         return torch.ops.aten.embedding_dense_backward(rows, flat, shape[0], skipped, False).reshape(shape)
     places = [*[None] * lookup.dim, index]
-    return torch.ops.aten.index_put(gradient.new_zeros(shape), places, gradient, True)
+    whole = torch.ops.aten.index_put(gradient.new_zeros(shape), places, gradient, True)
+    if lookup.skipped is not None:
+        whole.select(lookup.dim, lookup.skipped).zero_()
+    return whole

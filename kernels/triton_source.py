@@ -181,7 +181,7 @@ class _Kernel:
         at, place, size = f"at_{i.name}", self._masks(f"j_{i.name}"), f"c_{i.name}"
         where = f"{self._address(f'in{lookup.index}', f'j_{i.name}')} + tl.zeros((1, 1), tl.int32)"
         yield f"{at} = tl.load({where}{self._guard(place)}).to(tl.int64)"
-        if not lookup.along:                                               # a number from the end; gather takes none
+        if lookup.signed:
             yield f"{at} = tl.where({at} < 0, {at} + {size}, {at})"
         masks = [*dict.fromkeys((*place, *self._masks(i.name))), f"({at} >= 0) & ({at} < {size})"]
         address = f"{self._address(f'in{access.tensor}', i.name)} + {at} * g_{i.name}"

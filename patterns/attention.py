@@ -9,13 +9,14 @@ elements come from (see ``heads``).
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import fx
 
-from . import heads, mask
+from . import heads, mask, scores
 from .meaning import View
 from .rule import Match, Miss, Sample, StructuralRule
 
@@ -23,16 +24,17 @@ MATH = "out[b,h,i,d] = sum_j softmax_j(scale * sum_e q[b,h,i,e] k[b,h//n,j,e] + 
 
 
 def recognise(view: View, node: fx.Node) -> Match | Miss | None:
-    """A call of ``scaled_dot_product_attention``.
+    """A call of ``scaled_dot_product_attention``, or what it does written out (see ``scores``).
 
     ``inputs``: q, k, v (before their heads are repeated), mask (a node or None), sizes and data (tuples of nodes:
     what the mask is computed from). ``attrs``: cone (``mask.Cone``, or None where the mask is used as it stands),
     kept (why it is), dropout_p, is_causal, scale, enable_gqa (as the model wrote it), repeats (n, or 1), k_swapped,
-    v_swapped (the source is [batch, length, head, dim]).
+    v_swapped (the source is [batch, length, head, dim]), steps (of a mask that is written out: (kind, value) for each
+    node of ``masks``, or None), k_turned (k is [batch, head, dim, length]).
     """
     op = view.op(node)
     if op.kind != "sdpa":
-        return None
+        return _written_out(view, node)
     facts = cast(mask.Facts, view)
     q, k, v = op.args[:3]
     params = dict(op.params)
@@ -48,10 +50,35 @@ def recognise(view: View, node: fx.Node) -> Match | Miss | None:
         "k": k if k_heads is None else k_heads.source,
         "v": v if v_heads is None else v_heads.source,
         "mask": given,
+        "masks": () if given is None else (given,),
         "sizes": cone.sizes if isinstance(cone, mask.Cone) else (),
         "data": cone.data if isinstance(cone, mask.Cone) else (),
     }
     return Match("attention", node, _unneeded(node, k_heads, v_heads), inputs, _attrs(params, cone, k_heads, v_heads))
+
+
+def _written_out(view: View, node: fx.Node) -> Match | Miss | None:
+    found = scores.written(view, node)
+    if not isinstance(found, scores.Scores):
+        return found
+    facts = cast(mask.Facts, view)
+    only = found.parts[0] if len(found.parts) == 1 else None
+    cone = None if only is None else mask.find(facts, only.node)
+    if isinstance(cone, mask.Cone) and only is not None:
+        cone = replace(cone, inverted=only.kind == "drop")
+    k_heads, v_heads = (None, None) if found.turned else _repeats(facts, found.q, found.k, found.v)
+    inputs = {
+        "q": found.q,
+        "k": found.k if k_heads is None else k_heads.source,
+        "v": found.v if v_heads is None else v_heads.source,
+        "mask": None if only is None else only.node,
+        "masks": tuple(p.node for p in found.parts),
+        "sizes": cone.sizes if isinstance(cone, mask.Cone) else (),
+        "data": cone.data if isinstance(cone, mask.Cone) else (),
+    }
+    attrs = _attrs({"scale": found.scale}, cone, k_heads, v_heads)
+    attrs |= {"steps": tuple((p.kind, p.value) for p in found.parts), "k_turned": found.turned}
+    return Match("attention", node, (*_unneeded(node, k_heads, v_heads), *found.nodes), inputs, attrs)
 
 
 def _attrs(params: dict[str, Any], cone: mask.Cone | str | None, k_heads: Any, v_heads: Any) -> dict[str, Any]:
@@ -65,6 +92,8 @@ def _attrs(params: dict[str, Any], cone: mask.Cone | str | None, k_heads: Any, v
         "repeats": 1 if k_heads is None else k_heads.n,
         "k_swapped": bool(k_heads and k_heads.swapped),
         "v_swapped": bool(v_heads and v_heads.swapped),
+        "steps": None,
+        "k_turned": False,
     }
 
 

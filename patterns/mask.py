@@ -39,7 +39,7 @@ class Facts(View, Protocol):
 class Cone:
     """The ancestors of ``root`` in graph order, and where they end: ``sizes`` (numbers, shapes) and ``data`` (tensors).
 
-    ``examples``: the traced values of the root and of the ends.
+    ``examples``: the traced values of the root and of the ends. ``inverted``: the mask is true where the root is false.
     """
 
     root: fx.Node
@@ -47,6 +47,7 @@ class Cone:
     sizes: tuple[fx.Node, ...]
     data: tuple[fx.Node, ...]
     examples: Mapping[fx.Node, Any]
+    inverted: bool = False
 
 
 def find(view: Facts, root: fx.Node) -> Cone | str:
@@ -94,7 +95,8 @@ def as_function(cone: Cone, device: torch.device | None = None) -> fx.GraphModul
         if device is not None and isinstance(copy.kwargs.get("device"), str):
             copy.kwargs = {**copy.kwargs, "device": device}
         copies[node] = copy
-    graph.output(copies[cone.root])
+    root = copies[cone.root]
+    graph.output(graph.call_function(torch.logical_not, (root,)) if cone.inverted else root)
     return fx.GraphModule({}, graph)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ DRAWS = 5
 FEW, MOST = 1 << 12, 60   # two right programs that round apart differ by a tenth on few values: draws go on until they are not few
 NEAR = 2.0                # times eager's error: a rounding's size. Near zeros of a divisor one element decides; other draws then judge
 LARGE = 64
+TRIAL = 1 << 22           # elements of one value in a trial
 ZERO = 1e-9
 MANY = 1 << 20            # elements in one draw that make further draws needless: its error is an average over them
 
@@ -71,7 +73,7 @@ def check(
     """
     counts["checked"] += 1
     resize = _smaller(view, [*inputs, *results])
-    if resize and not resizable:
+    if not resizable and (resize or _large(view, nodes)):
         return {}
     with torch.random.fork_rng(devices=_cuda(view, inputs)), _same_autocast(view, inputs, results):
         errors = _at_any_size(view, nodes, inputs, results, ours, resize)
@@ -106,6 +108,12 @@ def _smaller(view: GraphView, nodes: Sequence[fx.Node]) -> dict[int, int]:
     for shape in shapes:
         found |= {s: LARGE + s % 64 for s in shape[:-1] if isinstance(s, int) and s > LARGE and s not in rows}
     return found
+
+
+def _large(view: GraphView, nodes: Sequence[fx.Node]) -> bool:
+    """Whether a value between is more than a trial should hold in float64."""
+    values = (view.example(n) for n in nodes)
+    return any(isinstance(v, Tensor) and prod(map(int, map(_hint, v.shape))) > TRIAL for v in values)
 
 
 def _same_autocast(view: GraphView, inputs: Sequence[fx.Node], results: Sequence[fx.Node]) -> Any:

@@ -32,6 +32,7 @@ class LeafLookup:
     dim: int
     skipped: int | None
     along: bool
+    signed: bool
     at: tuple[Form, ...]
 
 
@@ -143,7 +144,7 @@ class Loader:
         if not found:
             return Access(self._operand(node, index, None), index)
         (dim, key), *more = found
-        table, at, skipped, along = key
+        table, at, skipped, along, signed = key
         if more or index[dim] != Form.axis(self.indirect[key]):
             raise CannotLift(node, "it is looked up at more than one index, or at a part of one")
         if along and (len(at) != len(index) or any(f != g for d, (f, g) in enumerate(zip(at, index)) if d != dim)):
@@ -151,7 +152,7 @@ class Loader:
         index = at if along else (*index[:dim], *at, *index[dim + 1 :])
         which = next((k for k, leaf in enumerate(self.leaves) if leaf is table and k not in self.lookups), len(self.leaves))
         self.leaves += [table] * (which == len(self.leaves))
-        return Access(self._operand(node, index, LeafLookup(which, dim, skipped, along, at)), index)
+        return Access(self._operand(node, index, LeafLookup(which, dim, skipped, along, signed, at)), index)
 
     def _operand(self, node: fx.Node, index: tuple[Form, ...], lookup: LeafLookup | None) -> int:
         """The operand's number; a differentiable tensor read through two maps that may meet counts as two operands."""
@@ -167,12 +168,13 @@ class Loader:
         return len(self.leaves) - 1
 
     def _looked_up(
-        self, node: fx.Node, index: fx.Node, at: tuple[Form, ...], size: Size, skipped: int | None = None, along: bool = False
-    ) -> Form:
+        self, node: fx.Node, index: fx.Node, at: tuple[Form, ...], size: Size,
+        skipped: int | None = None, along: bool = False, signed: bool = False,
+    ) -> Form:  # fmt: skip
         """The value of an integer tensor as if it were an axis of its own."""
         if any(a not in self.space.axes for f in at for a in f.axes):
             raise CannotLift(node, "it is looked up at an index that is looked up itself")
-        name = self.indirect.setdefault((index, at, skipped, along), f"@{len(self.indirect)}")
+        name = self.indirect.setdefault((index, at, skipped, along, signed), f"@{len(self.indirect)}")
         self.sizes[name] = size
         return Form.axis(name)
 
@@ -192,4 +194,4 @@ class Loader:
 
 
 def _table(lookup: LeafLookup | None) -> tuple[Any, ...] | None:
-    return None if lookup is None else (lookup.index, lookup.dim, lookup.skipped, lookup.along)
+    return None if lookup is None else (lookup.index, lookup.dim, lookup.skipped, lookup.along, lookup.signed)

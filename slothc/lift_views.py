@@ -121,7 +121,7 @@ class Views(Loader):
             row = self._looked_up(node, table, index, shape_of(self.view, x)[dim], along=True)
             return self.load(x, (*index[:dim], row, *index[dim + 1 :]))
         rank = len(shape_of(self.view, table))
-        row = self._looked_up(node, table, index[dim : dim + rank], shape_of(self.view, x)[dim])
+        row = self._looked_up(node, table, index[dim : dim + rank], shape_of(self.view, x)[dim], signed=op.params["signed"])
         return self.load(x, (*index[:dim], row, *index[dim + rank :]))
 
     def _embedding(self, node: fx.Node, op: Any, index: tuple[Form, ...]) -> sp.Expr:

@@ -115,13 +115,13 @@ def _looked_up(call: Call, x: fx.Node, items: tuple[Any, ...]) -> Op:
         raise Decline("indexed by tensors or nodes")
     if not all(item is Ellipsis or (isinstance(item, slice) and item == slice(None)) for item in rest[at[0] :]):
         raise Decline("indexed by a tensor among other things")
-    return _gather(call, x, at[0], node_of(items[at[0]]))
+    return _gather(call, x, at[0], node_of(items[at[0]]), signed=True)
 
 
-def _gather(call: Call, x: fx.Node, dim: int, index: fx.Node) -> Op:
+def _gather(call: Call, x: fx.Node, dim: int, index: fx.Node, signed: bool = False) -> Op:
     if call.value(index).dtype not in (torch.int64, torch.int32):
         raise Decline("indexed by flags")
-    return Op("gather", (x, index), {"dim": dim})
+    return Op("gather", (x, index), {"dim": dim, "signed": signed})
 
 
 def _each(call: Call) -> Op:
@@ -362,6 +362,7 @@ def _rows() -> dict[str, Row]:
     put("full_like", "x value", _full(None), **_NEW)
     put("new_full", "x sizes value", _full(None), **_NEW)
     put("full", "sizes value", _full(None), **_NEW)
+    put("tensor", "value", _full(None), **_NEW, requires_grad=False)
     put("view_as_complex", "x", _complex("view_as_complex"))
     put("view_as_real", "x", _complex("view_as_real"))
     put("real", "x", _complex("real"))

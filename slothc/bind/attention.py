@@ -13,25 +13,25 @@ import torch
 from torch import fx
 from torch.utils._python_dispatch import _disable_current_modes
 
-from slothc.kernels.attention import Kind, attention, classify
+from slothc.kernels.attention import Kind, additive, attention, blind, classify, written_out
 from slothc.patterns.mask import Cone, Facts, as_function, find
 from slothc.patterns.rule import Match
 
-from .masks import GIVEN, Announced, DataMask, SizeMask, Verdict
+from .masks import GIVEN, Announced, DataMask, SizeMask, Verdict, observable
 from .replacement import Replacement
 
 LARGEST_TRIAL = 1 << 27  # mask elements: larger ones that depend on data are not tried out at compile time
 
 Judge = Callable[..., Verdict]
-_judges: weakref.WeakKeyDictionary[fx.Node, Judge | None] = weakref.WeakKeyDictionary()
-_trials: weakref.WeakKeyDictionary[fx.Node, Trial] = weakref.WeakKeyDictionary()
+_judges: weakref.WeakKeyDictionary[fx.Node, dict[bool, Judge | None]] = weakref.WeakKeyDictionary()
+_trials: weakref.WeakKeyDictionary[fx.Node, dict[bool, Trial]] = weakref.WeakKeyDictionary()
 
 
 class Attention:
     """``(q, k, v, *leaves) -> out``: the call that stands for one ``scaled_dot_product_attention`` node.
 
-    ``judge`` says what the mask is, given its sizes and data; without one, the only leaf is the mask as the graph
-    computes it (or None).
+    ``judge`` says what the mask is, given its sizes and data; without one, the leaves are the mask as the graph
+    computes it (or none), or the steps of a mask that is written out.
     """
 
     def __init__(self, judge: Judge | None, sizes: int, attrs: dict[str, Any]) -> None:
@@ -39,14 +39,21 @@ class Attention:
         self.judge, self.sizes = judge, sizes
         self.dropout_p, self.scale = attrs["dropout_p"], attrs["scale"]
         self.enable_gqa = attrs["enable_gqa"] or attrs["repeats"] > 1
-        self.k_swapped, self.v_swapped = attrs["k_swapped"], attrs["v_swapped"]
+        self.k_swapped, self.v_swapped, self.k_turned = attrs["k_swapped"], attrs["v_swapped"], attrs["k_turned"]
+        self.steps = attrs["steps"]
         self.given = Kind("causal" if attrs["is_causal"] else "none")
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *leaves: Any) -> torch.Tensor:
-        k = k.transpose(1, 2) if self.k_swapped else k
+        k = k.transpose(1, 2) if self.k_swapped else k.transpose(2, 3) if self.k_turned else k
         v = v.transpose(1, 2) if self.v_swapped else v
         verdict = self._verdict(leaves, q.shape[-2], k.shape[-2])
-        return attention(q, k, v, verdict.mask, verdict.kind, self.dropout_p, self.scale, self.enable_gqa)
+        mask, kind = verdict.mask, verdict.kind
+        if self.steps and not kind.plain:
+            parts = leaves if self.judge is None else (mask,)
+            mask = additive(self.steps, parts, q.dtype)
+            if not observable(q, mask) or bool(blind(mask)):
+                return written_out(q, k, v, self.steps, parts, self.scale)
+        return attention(q, k, v, mask, kind, self.dropout_p, self.scale, self.enable_gqa)
 
     def _verdict(self, leaves: tuple[Any, ...], q_len: int, kv_len: int) -> Verdict:
         if self.judge is not None:
@@ -62,12 +69,9 @@ def bind(match: Match) -> list[Replacement]:
     """
     judge = _judge(match)
     inputs, attrs = match.inputs, match.attrs
-    if judge is None and attrs["repeats"] == 1:
+    if judge is None and attrs["repeats"] == 1 and attrs["steps"] is None:
         return []
-    if judge is not None:
-        leaves = (*inputs["sizes"], *inputs["data"])
-    else:
-        leaves = () if inputs["mask"] is None else (inputs["mask"],)
+    leaves = (*inputs["sizes"], *inputs["data"]) if judge is not None else inputs["masks"]
     call = Attention(judge, len(inputs["sizes"]), dict(attrs))
     return [Replacement(match.node, call, (inputs["q"], inputs["k"], inputs["v"], *leaves), {})]
 
@@ -90,7 +94,7 @@ def describe(match: Match) -> str:
     Masks of sizes alone are evaluated on the CPU. Those that depend on integer inputs are tried with flags all set and
     some clear (padding), and with positions that run on and positions that start again (packed).
     """
-    if match.inputs["mask"] is None:
+    if not match.inputs["masks"]:
         return "causal" if match.attrs["is_causal"] else "none"
     cone: Cone | None = match.attrs["cone"]
     return "other" if cone is None else _trial(cone).word
@@ -115,20 +119,22 @@ def _judge(match: Match) -> Judge | None:
     cone: Cone | None = match.attrs["cone"]
     if cone is None:
         return None
-    if cone.root not in _judges:
+    known = _judges.setdefault(cone.root, {})
+    if cone.inverted not in known:
         if not cone.data:
-            _judges[cone.root] = SizeMask(as_function(cone))
+            known[cone.inverted] = SizeMask(as_function(cone))
         else:
-            judge = GIVEN if cone.root in cone.data else DataMask(as_function(cone))
-            _judges[cone.root] = judge if _trial(cone).hopeful else None
-    return _judges[cone.root]
+            given = cone.root in cone.data and not cone.inverted
+            known[cone.inverted] = (GIVEN if given else DataMask(as_function(cone))) if _trial(cone).hopeful else None
+    return known[cone.inverted]
 
 
 def _trial(cone: Cone) -> Trial:
-    if cone.root not in _trials:
+    known = _trials.setdefault(cone.root, {})
+    if cone.inverted not in known:
         with _disable_current_modes(), torch.device("cpu"), torch.no_grad():
-            _trials[cone.root] = _try_out(cone)
-    return _trials[cone.root]
+            known[cone.inverted] = _try_out(cone)
+    return known[cone.inverted]
 
 
 def _try_out(cone: Cone) -> Trial:
