@@ -32,5 +32,8 @@ def spread(gradient: Tensor, lookup: Lookup, index: Tensor, shape: torch.Size) -
         rows, flat = gradient.reshape(index.numel(), -1), counted(index, shape[0]).reshape(-1)
         skipped = -1 if lookup.skipped is None else lookup.skipped
         return torch.ops.aten.embedding_dense_backward(rows, flat, shape[0], skipped, False).reshape(shape)
+    if lookup.skipped is not None:
+        read = counted(index, shape[lookup.dim]) != lookup.skipped
+        gradient = gradient * read.reshape(*index.shape, *[1] * (len(shape) - lookup.dim - 1))
     places = [*[None] * lookup.dim, index]
     return torch.ops.aten.index_put(gradient.new_zeros(shape), places, gradient, True)

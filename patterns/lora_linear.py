@@ -159,20 +159,22 @@ def _sides(view: View, node: fx.Node) -> tuple[Base, list[Branch]]:
             base, branches = _sides(view, before)
             base.inside += [*inner, before]
             return base, [*branches, branch]
-    if any(_base(view, one) is not None and _magnified(view, other) for one, other in (op.args, op.args[::-1])):
+    if any(_magnified(view, arg) for arg in op.args):
         raise _Unlike("the adapter is multiplied by a magnitude for each column (DoRA): its products stay eager")
     raise _Unlike
 
 
 def _magnified(view: View, node: Any) -> bool:
-    """DoRA's (m - 1) base + m s (xa A') B': whether an adapter in the sum ``node`` is multiplied by a tensor."""
+    """Whether a term is DoRA's m s (xa A') B', with a number m for each column."""
     node, _ = _scaled(view, node, [], [])
     op = view.op(node) if isinstance(node, fx.Node) else None
-    if op is None or op.kind != "pointwise" or not all(_is_tensor(view, a) for a in op.args):
+    if op is None or op.kind != "pointwise" or op.params["fn"] != "mul" or not all(_is_tensor(view, a) for a in op.args):
         return False
-    if op.params["fn"] == "add":
-        return any(_magnified(view, a) for a in op.args)
-    return op.params["fn"] == "mul" and any(_branch(view, a) is not None for a in op.args)
+    for column, term in (op.args, op.args[::-1]):
+        branch = _branch(view, term) if all(size == 1 for size in view.value(column).shape[:-1]) else None
+        if branch is not None and view.value(branch.a).shape[0] < min(view.value(branch.a).shape[1], view.value(branch.b).shape[0]):
+            return True
+    return False
 
 
 def adapted(view: View, node: fx.Node) -> tuple[Base, list[Branch]] | None:

@@ -31,6 +31,11 @@ def padding(ids: Tensor, table: Tensor) -> Tensor:
     return torch.tanh(F.embedding(ids, table, padding_idx=1)) * 2.0
 
 
+def padding_in_columns(ids: Tensor, table: Tensor) -> Tensor:
+    """As an adapter on an embedding has its table: [rank, vocabulary]."""
+    return torch.tanh(F.embedding(ids, table.T, padding_idx=1)) * 2.0
+
+
 def routed(x: Tensor, s: Tensor, index: Tensor) -> Tensor:
     """Weighted rows of experts, put back in the tokens' order and summed over each token's experts."""
     return (x * s.unsqueeze(-1))[index].view(6, 2, 24).sum(1)
@@ -66,6 +71,7 @@ def drawn(function: Callable[..., Any], dtype: torch.dtype) -> list[Tensor]:
     return {
         embedded: lambda: [index(7, 2, 5), real(7, 24), real(24)],
         padding: lambda: [index(3, 2, 5), real(3, 24)],
+        padding_in_columns: lambda: [index(3, 2, 5), real(24, 3)],
         routed: lambda: [real(12, 24), real(12), torch.randperm(12, device=DEVICE)],
         columns: lambda: [real(4, 9, 24), index(9, 5)],
         selected: lambda: [real(4, 9, 24), index(9, 5)],
@@ -75,7 +81,7 @@ def drawn(function: Callable[..., Any], dtype: torch.dtype) -> list[Tensor]:
     }[function]()
 
 
-FUNCTIONS = (embedded, padding, routed, columns, selected, from_the_end, picked, picked_rows)
+FUNCTIONS = (embedded, padding, padding_in_columns, routed, columns, selected, from_the_end, picked, picked_rows)
 
 
 def lifted(function: Callable[..., Any], dtype: torch.dtype) -> Case:

@@ -66,11 +66,13 @@ def test_a_step_with_adapters(name: str, form: str, dtype: torch.dtype) -> None:
         return
     calls = adapted_calls(owner)
     owner(**tm.batch())
-    missed = [m.reason for g in graphs for r in g.all() for m in r.found.misses if m.rule in ("lora_linear", "cross_entropy")]
+    missed = [m.reason for g in graphs for r in g.all() for m in r.found.misses if m.rule == "lora_linear"]
     if form == "dora":
-        assert len(missed) == len(calls) > 0 and all("DoRA" in reason for reason in missed)
+        assert 0 < len(missed) <= len(calls) and all("DoRA" in reason for reason in missed)      # one compiled frame may serve several layers
         return
-    heads = [m for m in calls if m is owner.get_output_embeddings()]            # the head's adapter is part of the loss
+    heads = [m for m in calls if m is owner.get_output_embeddings()]                             # the head's adapter is part of the loss
     assert tm.counted(graphs)["lora_linear"] == len(calls) - len(heads) > 0 and missed == []
-    assert tm.counted(graphs)["cross_entropy"] == 1 and len(heads) == (form == "lm_head")
-    assert all(bool(p.grad.any()) for m in heads for n, p in m.named_parameters() if "lora_" in n)
+    assert len(heads) == (form == "lm_head")
+    if heads:
+        assert tm.counted(graphs)["cross_entropy"] == 1
+        assert all(bool(p.grad.any()) for n, p in heads[0].named_parameters() if "lora_" in n)
