@@ -35,10 +35,10 @@ def linear_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> 
 
 def adapted_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor, up: Tensor, scale: float) -> None:
     """out = x W^T + b + s low up^T, summed in fp32 and rounded once. The adapter comes first: its own roundings are relative to itself."""
-    wide = x.new_empty(x.shape[0], min(TILE, out.shape[1]), dtype=torch.float32)
+    wide = x.new_empty(x.shape[0] * min(TILE, out.shape[1]), dtype=torch.float32)
     for start in range(0, out.shape[1], TILE):
         at = slice(start, min(start + TILE, out.shape[1]))
-        part = wide[:, : at.stop - start]
+        part = wide[: x.shape[0] * (at.stop - start)].view(x.shape[0], -1)
         product_into(part, low, up[at].t(), add=False)
         part.mul_(scale)
         product_into(part, x, weight[at].t(), add=True)

@@ -100,12 +100,14 @@ def _judged(
     return said | verdict
 
 
-def build(name: str, peft: str | None, dtype: torch.dtype) -> nn.Module:
+def build(name: str, peft: str | None, dtype: torch.dtype, **settings: Any) -> nn.Module:
     """A tiny seeded model of type ``name`` in train mode: dropout off, no cache, no norm weight at its initial constant.
 
-    ``peft="lora"``: adapters on all linears whose ``lora_B`` is no longer zero.
+    ``peft="lora"``: adapters on all linears whose ``lora_B`` is no longer zero. ``settings``: what to change in the config.
     """
     config = tiny_config(name)
+    for key, value in settings.items():
+        setattr(config, key, value)
     torch.manual_seed(0)
     model = _as_loaded(causal_class(name)._from_config(config, dtype=dtype), dtype).train()
     with torch.no_grad():

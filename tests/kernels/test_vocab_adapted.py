@@ -11,6 +11,7 @@ from slothc.kernels.vocab import NAMES, linear_argmax, linear_cross_entropy, lin
 from slothc.kernels.vocab_chain import logits, picked
 from vocab_case import CHAINS, TINY, assert_contract, draw, in_double, run
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else ["cpu"]
 SCALE = 1.7
 DRAWS = 20              # the error of a scalar loss is not known from five
 
@@ -19,22 +20,23 @@ DRAWS = 20              # the error of a scalar loss is not known from five
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks of tokens, several tiles of the vocabulary."""
     monkeypatch.setattr(vocab_chunks, "CPU_CHUNK_BYTES", 16 * 257 * 4)
+    monkeypatch.setattr(vocab_chunks, "GPU_CHUNK_BYTES", 16 * 257 * 4)
     monkeypatch.setattr(vocab_matrix, "TILE", 64)
 
 
-def adapter(seed, dtype, n=41, v=257, r=3):
+def adapter(seed, dtype, device="cpu", n=41, v=257, r=3):
     g = torch.Generator().manual_seed(100 + seed)
-    return [torch.randn(s, r, generator=g).to(dtype).requires_grad_() for s in (n, v)]
+    return [torch.randn(s, r, generator=g).to(device, dtype).requires_grad_() for s in (n, v)]
 
 
 def eager(hidden, weight, bias, low, up, chain):
     return logits(hidden, weight, bias, chain, (low, up, SCALE))
 
 
-def three(seed, dtype, narrow, text, reduction):
+def three(seed, dtype, device, narrow, text, reduction):
     """(sloth, eager, float64 truth): each the loss and its gradients."""
-    *ops, labels, upstream = draw(seed, dtype)
-    ops += adapter(seed, narrow)
+    *ops, labels, upstream = draw(seed, dtype, device)
+    ops += adapter(seed, narrow, device)
     chain = Chain.parse(text)
     how = {"chain": text, "reduction": reduction}
     sloth = run(lambda h, w, b, low, up: linear_cross_entropy(h, w, b, labels, **how, adapter=(low, up, SCALE)), ops, upstream)
@@ -44,19 +46,21 @@ def three(seed, dtype, narrow, text, reduction):
     return sloth, theirs, truth
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype, narrow", [(d, n) for d in TINY for n in {d, torch.float32}], ids=str)
 @pytest.mark.parametrize("name", ["float", "soft-cap"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_contract(dtype, narrow, name, reduction):
+def test_contract(device, dtype, narrow, name, reduction):
     text = CHAINS[name].format(d=NAMES[dtype])
-    assert_contract([three(s, dtype, narrow, text, reduction) for s in range(DRAWS)], dtype)
+    assert_contract([three(s, dtype, device, narrow, text, reduction) for s in range(DRAWS)], dtype)
 
 
-def test_the_sum_is_rounded_once():
-    *ops, _, _ = draw(0, torch.bfloat16)
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_sum_is_rounded_once(device):
+    *ops, _, _ = draw(0, torch.bfloat16, device)
     hidden, weight, bias = (t.detach() for t in ops)
-    low, up = (t.detach() for t in adapter(0, torch.bfloat16))
-    z = torch.empty(41, 257, dtype=torch.bfloat16)
+    low, up = (t.detach() for t in adapter(0, torch.bfloat16, device))
+    z = torch.empty(41, 257, dtype=torch.bfloat16, device=device)
     vocab_matrix.adapted_into(z, hidden, weight, bias, low, up, SCALE)
     exact = F.linear(hidden.double(), weight.double(), bias.double()) + SCALE * low.double() @ up.double().t()
     assert (z.double() - exact).abs().max() <= 2.0**-8 * exact.abs().max()
