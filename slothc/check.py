@@ -154,7 +154,7 @@ def _cuda(view: GraphView, inputs: Sequence[fx.Node]) -> list[int]:
 
 
 def draw(view: GraphView, node: fx.Node, resize: dict[int, int] | None = None, positive: bool = False) -> Any:
-    """A random value like the node's example: normal numbers (or their sizes plus 0.1), small integers, fair booleans."""
+    """A random value like the node's example: normal numbers (or their sizes plus 0.1), zeros and ones, fair booleans."""
     example = view.example(node)
     if not isinstance(example, Tensor):
         return _hint(example)
@@ -171,8 +171,20 @@ def draw(view: GraphView, node: fx.Node, resize: dict[int, int] | None = None, p
         memory = torch.randn(span, dtype=example.dtype, device=example.device)
         memory = memory.abs() + 0.1 if positive and not example.dtype.is_complex else memory
     else:
-        memory = torch.randint(0, 2, (span,), device=example.device).to(example.dtype)
+        memory = torch.randint(0, 1 if _only_row(view, node) else 2, (span,), device=example.device).to(example.dtype)
     return memory.as_strided(shape, strides)
+
+
+def _only_row(view: GraphView, node: fx.Node) -> bool:
+    """Whether a table of a single row (of token types, say) is looked up by these integers."""
+    for user in view.users(node):
+        op = view.op(user)
+        if op.kind in ("identity", "reshape", "expand", "cast", "index") and op.args[0] is node and _only_row(view, user):
+            return True
+        table, dim = (op.args[1], 0) if op.kind == "embedding" else (op.args[0], op.params["dim"]) if op.kind == "gather" else (node, None)
+        if table is not node and _hint(view.value(table).shape[dim]) == 1:
+            return True
+    return False
 
 
 def _hint(value: Any) -> Any:
