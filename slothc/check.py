@@ -181,8 +181,13 @@ def _only_row(view: GraphView, node: fx.Node) -> bool:
         op = view.op(user)
         if op.kind in ("identity", "reshape", "expand", "cast", "index") and op.args[0] is node and _only_row(view, user):
             return True
-        table, dim = (op.args[1], 0) if op.kind == "embedding" else (op.args[0], op.params["dim"]) if op.kind == "gather" else (node, None)
-        if table is not node and _hint(view.value(table).shape[dim]) == 1:
+        if op.kind == "embedding" and node is op.args[0]:
+            rows = view.value(op.args[1]).shape[0]
+        elif op.kind == "gather" and node is op.args[1]:
+            rows = view.value(op.args[0]).shape[op.params["dim"]]
+        else:
+            continue
+        if _hint(rows) == 1:
             return True
     return False
 

@@ -17,7 +17,7 @@ import whole
 from peft_forms import FORMS
 from torch import nn
 
-from slothc.survey_child import build
+from slothc.survey_child import build, inputs
 from slothc.tiny import EXPERTS, config_names, tiny_config
 
 TRIES = 4
@@ -33,7 +33,8 @@ def design(names: list[str], first: int) -> list[tuple[str, str, str]]:
 
 @pytest.fixture(autouse=True)
 def models(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The models that ``surroundings`` asks for are the zoo's, every token meeting every expert."""
+    """The models that ``surroundings`` asks for are the zoo's, every token meeting every expert, and so are their batches."""
+    latest: list[nn.Module] = []
 
     def model(name: str, dtype: torch.dtype = torch.float32, seed: int = 0, **settings: Any) -> nn.Module:
         if isinstance(getattr(tiny_config(name), "num_experts_per_tok", None), int):
@@ -43,10 +44,15 @@ def models(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         with torch.no_grad():
             for p in made.parameters() if seed else ():
                 p.add_(torch.randn_like(p) * 0.02)
+        latest[:] = [made]
         return made
+
+    def batch(size: int = 2, length: int = 16, seed: int = 0) -> dict[str, Any]:
+        return inputs(latest[0], seed, size, length)
 
     monkeypatch.setattr(whole, "model", model)
     monkeypatch.setattr(tm, "model", model)
+    monkeypatch.setattr(tm, "batch", batch)
     yield
 
 
