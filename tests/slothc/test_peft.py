@@ -29,10 +29,11 @@ INTACT = {
 
 
 def design() -> list[tuple[str, str, torch.dtype]]:
-    """Every architecture with one form in both dtypes and another in one of them."""
+    """Every architecture with a form in both dtypes, every second one with another form in one of them."""
     lora, pairs = list(LORA), []
     for k, name in enumerate(ARCHITECTURES):
-        pairs += [(name, lora[k % len(lora)], dtype) for dtype in DTYPES] + [(name, lora[(k + 7) % len(lora)], DTYPES[k % 2])]
+        pairs += [(name, lora[k % len(lora)], dtype) for dtype in DTYPES]
+        pairs += [(name, lora[(k + 7) % len(lora)], DTYPES[k // 2 % 2])] if k % 2 == 0 else []
     for k, (form, names) in enumerate(INTACT.items()):
         pairs += [(name, form, dtype) for name in names for dtype in (DTYPES if k < 3 else DTYPES[k % 2 :][:1])]
     return pairs
@@ -92,7 +93,7 @@ def values(owner: Any, run: Any, draw: int) -> tm.Step:
     return tm.Step(found.loss, {"logits": found.logits + 0})
 
 
-@pytest.mark.parametrize("name, dtype", [("llama", DTYPES[0]), ("qwen3", DTYPES[1]), ("phi", DTYPES[0]), ("olmo2", DTYPES[1])], ids=str)
+@pytest.mark.parametrize("name, dtype", [("llama", DTYPES[0]), ("qwen3", DTYPES[1]), ("phi", DTYPES[0])], ids=str)
 def test_adapters_switched_and_merged_between_steps(name: str, dtype: torch.dtype) -> None:
     owner = LORA["two active"](whole.model(name, dtype))
     run = torch.compile(owner, backend="sloth")
