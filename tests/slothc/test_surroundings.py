@@ -79,14 +79,14 @@ ITEMS = {**surroundings.ITEMS, "shapes": shapes, "one_token": one_token, "dynami
 SLOW = {"shapes", "checkpointing", "generation", "modes", "dynamic"}     # other tests have them on further architectures
 
 
-def design() -> list[tuple[str, str]]:
-    """Two items for each architecture."""
+def design() -> list[tuple[str, str, torch.dtype]]:
+    """Two items for each architecture, in both dtypes; what other files test further in one."""
     items = sorted(ITEMS, key=SLOW.__contains__)
     fast = [i for i in items if i not in SLOW]
-    return [(name, item) for k, name in enumerate(ARCHITECTURES) for item in (items[k % len(items)], fast[(k + 8) % len(fast)])]
+    pairs = [(name, item) for k, name in enumerate(ARCHITECTURES) for item in (items[k % len(items)], fast[(k + 8) % len(fast)])]
+    return [(name, item, dtype) for name, item in pairs for dtype in ((torch.float32, BF16) if item in surroundings.ITEMS else (BF16,))]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("name, item", design())
+@pytest.mark.parametrize("name, item, dtype", design(), ids=str)
 def test_around(name: str, item: str, dtype: torch.dtype) -> None:
     ITEMS[item](name, dtype)
