@@ -35,7 +35,7 @@ demo: $(READY) ## fine-tune SmolLM2-135M with LoRA, eager and sloth side by side
 test: $(READY) ## run every test on two processes
 	$(PY) -m pytest -n 2 $(ARGS)
 
-zoo: $(READY) ## every causal LM of transformers: contract in fp32 and bf16, graphs (under an hour on two cores)
+zoo: $(READY) ## every causal LM of transformers: contract, graphs, PEFT, surroundings (under an hour on two cores)
 	$(PY) -m pytest tests/zoo -n 2 $(ARGS)
 
 lint: $(READY) ## ruff and mypy

@@ -2,6 +2,8 @@
 
     loss_t = cross_entropy(chain(H_t W^T + b), y_t),    reduced by mean over the tokens that count, sum, or not at all.
 
+An adapted head has H W^T + b + s L U^T, one value that is rounded once.
+
 The forward computes the gradients too, while a chunk's logits are at hand (the idea of Liger's fused loss); the
 backward only scales them. ``reduction="none"`` with a trained weight is the exception: what each token's gradient is
 multiplied by is known in the backward only, so the logits are made once more there.
@@ -9,8 +11,8 @@ multiplied by is known in the backward only, so the logits are made once more th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from slothc.gradients.vocabulary import Chain
@@ -19,13 +21,14 @@ from torch import Tensor
 from .binding import DTYPE
 from .once import once_differentiable
 from .tracing import traced
-from .vocab_chain import no_autocast
+from .vocab_chain import Adapter, no_autocast
 from .vocab_chunks import Gradients, Operands, Wants, gradients, greatest, losses_and_gradients
 from .vocab_rows import Loss
 
 REDUCTIONS = ("mean", "sum", "none")
 NAMES = {dtype: name for name, dtype in DTYPE.items()}
-T = TypeVar("T")
+Given = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+"""hidden, weight, bias, and an adapter's low and up."""
 
 
 def linear_cross_entropy(
@@ -39,43 +42,62 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     reduction: str = "mean",
     dtype: torch.dtype | None = None,
+    adapter: Adapter | None = None,
 ) -> Tensor:
     """``F.cross_entropy(chain(F.linear(hidden, weight, bias)), labels, ...)`` in bounded memory.
 
     hidden [..., D], weight [V, D], bias [V] or None, labels [...] int64. ``chain`` is the text of a
     ``gradients.vocabulary.Chain`` (default: nothing, in hidden's dtype); it starts with the dtype in which the linear
-    computes. ``dtype``: of the result (default: of the processed logits). Returns a scalar, or with reduction "none" a
-    tensor shaped like labels. Raises ValueError for arguments that do not fit, and IndexError for labels out of range
-    (CPU; on other devices the result is nan).
+    computes. ``dtype``: of the result (default: of the processed logits). ``adapter``: low [..., r], up [V, r] and s. Returns a
+    scalar, or with reduction "none" a tensor shaped like labels. Raises ValueError for arguments that do not fit, and IndexError
+    for labels out of range (CPU; on other devices the result is nan).
     """
     text = chain if chain is not None else NAMES[hidden.dtype]
     spec = Loss(text, int(ignore_index), float(label_smoothing), reduction, dtype or DTYPE[Chain.parse(text).result])
-    _validate(hidden, weight, bias, labels, spec)
-    flat, rows = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
-    loss = _apply(flat, weight, bias, rows, spec)
+    _validate(hidden, weight, bias, labels, spec, adapter)
+    given, scale = _given(hidden, weight, bias, adapter)
+    loss = _apply(given, labels.reshape(-1), scale, spec)
     return loss.reshape(labels.shape) if reduction == "none" else loss
 
 
 def linear_logsumexp(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, *, chain: str | None = None, dtype: torch.dtype | None = None
-) -> Tensor:
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, *, chain: str | None = None, dtype: torch.dtype | None = None,
+    adapter: Adapter | None = None,
+) -> Tensor:  # fmt: skip
     """``torch.logsumexp(chain(F.linear(hidden, weight, bias)), -1)`` in bounded memory: [...] for hidden [..., D]."""
     text = chain if chain is not None else NAMES[hidden.dtype]
     spec = Loss(text, -100, -1.0, "none", dtype or DTYPE[Chain.parse(text).result])
-    _validate(hidden, weight, bias, None, spec)
-    return _apply(hidden.reshape(-1, hidden.shape[-1]), weight, bias, None, spec).reshape(hidden.shape[:-1])
+    _validate(hidden, weight, bias, None, spec, adapter)
+    given, scale = _given(hidden, weight, bias, adapter)
+    return _apply(given, None, scale, spec).reshape(hidden.shape[:-1])
 
 
 @torch.no_grad()
-def linear_argmax(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, chain: str | None = None) -> Tensor:
+def linear_argmax(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, *, chain: str | None = None, adapter: Adapter | None = None
+) -> Tensor:
     """``chain(F.linear(hidden, weight, bias)).argmax(-1)`` in bounded memory: [...] int64 for hidden [..., D]."""
     made = Chain.parse(chain if chain is not None else NAMES[hidden.dtype])
     with no_autocast(hidden.device):
-        ops = Operands.of(hidden.reshape(-1, hidden.shape[-1]), weight, bias, None, DTYPE[made.dtype])
+        (rows, *_, low, up), scale = _given(hidden, weight, bias, adapter)
+        ops = Operands.of(rows, weight, bias, None, DTYPE[made.dtype], _adapter(low, up, scale))
         return greatest(ops, made).reshape(hidden.shape[:-1])
 
 
-def _validate(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor | None, loss: Loss) -> None:
+def _given(hidden: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter | None) -> tuple[Given, float]:
+    """The operands with the tokens in one dimension, and the adapter's scale."""
+    low, up, scale = adapter or (None, None, 1.0)
+    rows = None if low is None else low.reshape(-1, low.shape[-1])
+    return (hidden.reshape(-1, hidden.shape[-1]), weight, bias, rows, up), scale
+
+
+def _adapter(low: Tensor | None, up: Tensor | None, scale: float) -> Adapter | None:
+    return None if low is None or up is None else (low, up, scale)
+
+
+def _validate(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor | None, loss: Loss, adapter: Adapter | None = None
+) -> None:
     if loss.reduction not in REDUCTIONS:
         raise ValueError(f"reduction {loss.reduction!r} is not one of {', '.join(REDUCTIONS)}")
     if weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
@@ -83,6 +105,11 @@ def _validate(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tenso
         raise ValueError(f"{shapes}: expected [..., D] and [V, D]")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias {tuple(bias.shape)} does not fit weight {tuple(weight.shape)}: expected [V]")
+    if adapter is not None:
+        low, up, _ = adapter
+        if low.shape[:-1] != hidden.shape[:-1] or up.shape != (weight.shape[0], low.shape[-1]):
+            shapes = f"low {tuple(low.shape)} and up {tuple(up.shape)} do not fit"
+            raise ValueError(f"{shapes} hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)}: expected [..., r] and [V, r]")
     if labels is not None and labels.shape != hidden.shape[:-1]:
         raise ValueError(f"labels are {tuple(labels.shape)}; hidden {tuple(hidden.shape)} needs {tuple(hidden.shape[:-1])}")
     if labels is not None and labels.dtype != torch.int64:
@@ -91,14 +118,13 @@ def _validate(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tenso
         raise ValueError(f"the linear must compute in float32, bfloat16 or float16, not {loss.compute}")
 
 
-def _apply(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor | None, loss: Loss) -> Tensor:
-    tensors = (hidden, weight, bias)
-    wants = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors)
-    if traced() or not all(t is None or _is_plain(t) for t in (*tensors, labels)):
-        return _op(hidden, weight, bias, labels, *_arguments(loss), list(wants))[0]
+def _apply(given: Given, labels: Tensor | None, scale: float, loss: Loss) -> Tensor:
+    wants = Wants(*(torch.is_grad_enabled() and t is not None and t.requires_grad for t in given))
+    if traced() or not all(t is None or _is_plain(t) for t in (*given, labels)):
+        return _op(*given, labels, scale, *_arguments(loss), list(wants))[0]
     if any(wants):
-        return _LinearCrossEntropy.apply(hidden, weight, bias, labels, loss)
-    return _forward(hidden, weight, bias, labels, loss, (False, False, False))[0]
+        return _LinearCrossEntropy.apply(*given, labels, scale, loss)
+    return _forward(given, labels, scale, loss, wants)[0]
 
 
 def _is_plain(t: Tensor) -> bool:
@@ -109,21 +135,24 @@ def _arguments(loss: Loss) -> tuple[str, int, float, str, torch.dtype]:
     return loss.chain, loss.ignore_index, loss.smoothing, loss.reduction, loss.dtype
 
 
-def _forward(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor | None, loss: Loss, wants: Wants
-) -> tuple[Tensor, Tensor, Gradients]:
+def _operands(given: Given, labels: Tensor | None, scale: float, loss: Loss) -> Operands:
+    hidden, weight, bias, low, up = given
+    return Operands.of(hidden, weight, bias, labels, loss.compute, _adapter(low, up, scale))
+
+
+def _forward(given: Given, labels: Tensor | None, scale: float, loss: Loss, wants: Wants) -> tuple[Tensor, Tensor, Gradients]:
     """The reduced loss, what multiplies the gradients besides the upstream one ([] or [n], fp32), and the gradients."""
-    bad = _labels_out_of_range(labels, weight.shape[0], loss.ignore_index)
-    now = wants if _in_forward(loss, wants) else (False, False, False)
-    with no_autocast(hidden.device):
-        losses, grads = losses_and_gradients(Operands.of(hidden, weight, bias, labels, loss.compute), loss, now)
+    bad = _labels_out_of_range(labels, given[1].shape[0], loss.ignore_index)
+    now = wants if _in_forward(loss, wants) else Wants()
+    with no_autocast(given[0].device):
+        losses, grads = losses_and_gradients(_operands(given, labels, scale, loss), loss, now)
     value, factor = _reduced(losses, labels, bad, loss)
     return value.to(loss.dtype), factor, grads
 
 
 def _in_forward(loss: Loss, wants: Wants) -> bool:
     """Whether the forward computes the gradients: not if they sum over tokens with factors still unknown."""
-    return any(wants) and (loss.reduction != "none" or not (wants[1] or wants[2]))
+    return any(wants) and (loss.reduction != "none" or not (wants.weight or wants.bias or wants.up))
 
 
 def _labels_out_of_range(labels: Tensor | None, vocab: int, ignore_index: int) -> Tensor | None:
@@ -153,14 +182,13 @@ def _reduced(losses: Tensor, labels: Tensor | None, bad: Tensor | None, loss: Lo
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor | None, loss: Loss) -> Tensor:
-        ctx.loss, ctx.wants = loss, tuple(ctx.needs_input_grad[:3])
-        value, factor, grads = _forward(hidden, weight, bias, labels, loss, ctx.wants)
-        ctx.dtypes = tuple(None if t is None else t.dtype for t in (hidden, weight, bias))
-        if _in_forward(loss, ctx.wants):
-            ctx.save_for_backward(factor, grads.hidden, grads.weight, grads.bias)
-        else:
-            ctx.save_for_backward(factor, hidden, weight, bias, labels)
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        *operands, labels, scale, loss = inputs
+        given: Given = tuple(operands)  # type: ignore[assignment]
+        ctx.loss, ctx.scale, ctx.wants = loss, scale, Wants(*ctx.needs_input_grad[:5])
+        value, factor, grads = _forward(given, labels, scale, loss, ctx.wants)
+        ctx.dtypes = _dtypes(given)
+        ctx.save_for_backward(factor, *(grads if _in_forward(loss, ctx.wants) else (*given, labels)))
         return value
 
     @staticmethod
@@ -170,10 +198,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if _in_forward(ctx.loss, ctx.wants):
             grads = _scaled(saved, factor * upstream.float(), ctx.dtypes)
         else:
-            hidden, weight, bias, labels = saved
-            found = _remade(upstream, factor, hidden, weight, bias, labels, ctx.loss, ctx.wants)
-            grads = tuple(None if g is None else g.to(d) for g, d in zip((found.hidden, found.weight, found.bias), ctx.dtypes))
-        return (*grads, None, None)
+            *given, labels = saved
+            found = _remade(upstream, factor, given, labels, ctx.scale, ctx.loss, ctx.wants)
+            grads = tuple(None if g is None else g.to(d) for g, d in zip(found, ctx.dtypes))
+        return (*grads, None, None, None)
+
+
+def _dtypes(given: Given) -> tuple[torch.dtype | None, ...]:
+    return tuple(None if t is None else t.dtype for t in given)
 
 
 def _scaled(saved: Sequence[Tensor | None], by: Tensor, dtypes: Sequence[torch.dtype | None]) -> tuple[Tensor | None, ...]:
@@ -182,36 +214,22 @@ def _scaled(saved: Sequence[Tensor | None], by: Tensor, dtypes: Sequence[torch.d
     return tuple(None if g is None else torch.mul(g, by, out=torch.empty_like(g, dtype=d)) for g, d in zip(saved, dtypes))
 
 
-def _remade(
-    upstream: Tensor,
-    factor: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor | None,
-    loss: Loss,
-    wants: Wants,
-) -> Gradients:
-    ops = Operands.of(hidden, weight, bias, labels, loss.compute)
-    with no_autocast(hidden.device):
-        return gradients(ops, loss, (upstream.float() * factor).contiguous(), wants)
+def _remade(upstream: Tensor, factor: Tensor, given: Any, labels: Tensor | None, scale: float, loss: Loss, wants: Wants) -> Gradients:
+    with no_autocast(given[0].device):
+        return gradients(_operands(given, labels, scale, loss), loss, (upstream.float() * factor).contiguous(), wants)
 
 
-def _three(items: Iterable[T]) -> tuple[T, T, T]:
-    """What belongs to hidden, weight and bias."""
-    hidden, weight, bias = items
-    return hidden, weight, bias
+Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+"""A gradient for each of ``Given``, empty where there is none."""
 
 
-def _filled(grads: Gradients, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(dH, dW, db), empty where there is none."""
-    found = (grads.hidden, grads.weight, grads.bias)
-    return _three(like.new_empty(0, dtype=torch.float32) if g is None else g for g in found)
+def _filled(grads: Gradients, like: Tensor) -> Five:
+    return tuple(like.new_empty(0, dtype=torch.float32) if g is None else g for g in grads)  # type: ignore[return-value]
 
 
-def _fake_gradients(hidden: Tensor, weight: Tensor, wants: Wants) -> tuple[Tensor, Tensor, Tensor]:
-    shapes = (hidden.shape, weight.shape, weight.shape[:1])
-    return _three(hidden.new_empty(s if w else (0,), dtype=torch.float32) for s, w in zip(shapes, wants))
+def _fake_gradients(given: Given, wants: Wants) -> Five:
+    shapes = (t.shape if w and t is not None else (0,) for t, w in zip(given, wants))
+    return tuple(given[0].new_empty(s, dtype=torch.float32) for s in shapes)  # type: ignore[return-value]
 
 
 @torch.library.custom_op("sloth::linear_cross_entropy", mutates_args=())
@@ -219,28 +237,29 @@ def _op(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    low: Tensor | None,
+    up: Tensor | None,
     labels: Tensor | None,
+    scale: float,
     chain: str,
     ignore_index: int,
     smoothing: float,
     reduction: str,
     dtype: torch.dtype,
     wants: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, factor, dH, dW, db); a gradient that is not asked for is empty."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, factor, dH, dW, db, dL, dU); a gradient that is not asked for is empty."""
     loss = Loss(chain, ignore_index, smoothing, reduction, dtype)
-    value, factor, grads = _forward(hidden, weight, bias, labels, loss, _three(wants))
+    value, factor, grads = _forward((hidden, weight, bias, low, up), labels, scale, loss, Wants(*wants))
     return (value, factor, *_filled(grads, hidden))
 
 
 @_op.register_fake
-def _op_fake(hidden: Tensor, weight: Tensor, bias: Any, labels: Any, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    *arguments, wants = rest
-    loss = Loss(*arguments)
-    shape = hidden.shape[:1] if loss.reduction == "none" else ()
-    now = _three(wants) if _in_forward(loss, _three(wants)) else (False, False, False)
-    grads = _fake_gradients(hidden, weight, now)
-    return (hidden.new_empty(shape, dtype=loss.dtype), hidden.new_empty(shape, dtype=torch.float32), *grads)
+def _op_fake(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    given, loss, wants = inputs[:5], Loss(*inputs[7:-1]), Wants(*inputs[-1])
+    shape = given[0].shape[:1] if loss.reduction == "none" else ()
+    grads = _fake_gradients(given, wants if _in_forward(loss, wants) else Wants())
+    return (given[0].new_empty(shape, dtype=loss.dtype), given[0].new_empty(shape, dtype=torch.float32), *grads)
 
 
 @torch.library.custom_op("sloth::linear_cross_entropy_gradients", mutates_args=())
@@ -250,41 +269,45 @@ def _gradients_op(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    low: Tensor | None,
+    up: Tensor | None,
     labels: Tensor | None,
+    scale: float,
     chain: str,
     ignore_index: int,
     smoothing: float,
     wants: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dH, dW, db) in fp32 for reduction "none", logits made anew; a gradient that is not asked for is empty."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(dH, dW, db, dL, dU) in fp32 for reduction "none", logits made anew; a gradient that is not asked for is empty."""
     loss = Loss(chain, ignore_index, smoothing, "none", torch.float32)
-    return _filled(_remade(upstream, factor, hidden, weight, bias, labels, loss, _three(wants)), hidden)
+    return _filled(_remade(upstream, factor, (hidden, weight, bias, low, up), labels, scale, loss, Wants(*wants)), hidden)
 
 
 @_gradients_op.register_fake
-def _gradients_fake(upstream: Tensor, factor: Tensor, hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _fake_gradients(hidden, weight, _three(rest[-1]))
+def _gradients_fake(*inputs: Any) -> Five:
+    return _fake_gradients(inputs[2:7], Wants(*inputs[-1]))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, labels, *rest, wants = inputs
-    ctx.loss, ctx.wants = Loss(*rest), tuple(wants)
-    ctx.dtypes = tuple(None if t is None else t.dtype for t in (hidden, weight, bias))
-    ctx.save_for_backward(*output[1:], *((hidden, weight, bias, labels) if not _in_forward(ctx.loss, ctx.wants) else ()))
+    *given, labels, ctx.scale = inputs[:7]
+    ctx.loss, ctx.wants = Loss(*inputs[7:-1]), Wants(*inputs[-1])
+    ctx.dtypes = tuple(None if t is None else t.dtype for t in given)
+    ctx.save_for_backward(*output[1:], *((*given, labels) if not _in_forward(ctx.loss, ctx.wants) else ()))
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _op_backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
-    factor, dh, dw, db, *inputs = ctx.saved_tensors
+    factor, *saved = ctx.saved_tensors
+    found, inputs = saved[:5], saved[5:]
     if inputs:
-        arguments = (ctx.loss.chain, ctx.loss.ignore_index, ctx.loss.smoothing, list(ctx.wants))
+        arguments = (ctx.scale, ctx.loss.chain, ctx.loss.ignore_index, ctx.loss.smoothing, list(ctx.wants))
         found = _gradients_op(upstream, factor, *inputs, *arguments)
         by = torch.ones_like(factor[:0].sum())
     else:
-        found, by = (dh, dw, db), factor * upstream.float()
+        by = factor * upstream.float()
         by = by.unsqueeze(-1) if by.dim() else by
     grads = tuple((g * by).to(d) if w else None for g, d, w in zip(found, ctx.dtypes, ctx.wants))
-    return (*grads, *(None,) * 7)
+    return (*grads, *(None,) * 8)
 
 
 _op.register_autograd(_op_backward, setup_context=_setup)

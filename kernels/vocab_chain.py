@@ -13,6 +13,9 @@ from torch import Tensor
 
 from .binding import DTYPE
 
+Adapter = tuple[Tensor, Tensor, float]
+"""low [..., r], up [V, r] and s: s low up^T is added to a head's logits."""
+
 STEPS: dict[str, Callable[..., Any]] = {
     "cast": lambda z: z,
     "neg": torch.neg,
@@ -46,19 +49,31 @@ def processed(z: Tensor, chain: Chain) -> Tensor:
     return z
 
 
-def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, chain: Chain) -> Tensor:
-    """chain(hidden W^T + b), [..., V]: what eager computes. Differentiable."""
+def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, chain: Chain, adapter: Adapter | None = None) -> Tensor:
+    """chain(hidden W^T + b + s low up^T), [..., V]: what eager computes. Differentiable."""
     dtype = DTYPE[chain.dtype]
     with no_autocast(hidden.device):
         z = F.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+        if adapter is not None:
+            low, up, scale = adapter
+            z = (z + F.linear(low, up.to(low.dtype)) * scale).to(dtype)
         return processed(z, chain)
 
 
-def picked(hidden: Tensor, weight: Tensor, bias: Tensor | None, chain: Chain, index: Tensor) -> Tensor:
-    """chain(hidden W^T + b) at ``index`` [..., k] of the vocabulary, by k dot products in fp32. Differentiable."""
+def picked(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, chain: Chain, index: Tensor, adapter: Adapter | None = None
+) -> Tensor:
+    """The same at ``index`` [..., k] of the vocabulary, by k dot products in fp32. Differentiable."""
     dtype = DTYPE[chain.dtype]
     with no_autocast(hidden.device):
-        rows = weight.to(dtype)[index].float()
-        z = (hidden.to(dtype).float().unsqueeze(-2) * rows).sum(-1)
+        z = _dots(hidden.to(dtype), weight.to(dtype), index)
         z = z if bias is None else z + bias.to(dtype)[index].float()
+        if adapter is not None:
+            low, up, scale = adapter
+            z = z + _dots(low, up.to(low.dtype), index) * scale
         return processed(z.to(dtype), chain)
+
+
+def _dots(x: Tensor, rows: Tensor, index: Tensor) -> Tensor:
+    """x [..., K] with the rows at ``index`` [..., k] of [V, K], in fp32: [..., k]."""
+    return (x.float().unsqueeze(-2) * rows[index].float()).sum(-1)

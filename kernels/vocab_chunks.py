@@ -5,21 +5,25 @@ program, written over Z):
 
     dH = dZ W,    dW = sum over chunks of dZ^T H,    db = sum of dZ over tokens,
 
-all three in fp32. dZ carries neither 1/n nor the upstream gradient, so that fp16 does not underflow: both multiply dH,
-dW and db afterwards.
+all three in fp32. An adapted head has Z = H W^T + b + s L U^T, with L [m, r] and U [V, r]:
+
+    dL = s dZ U,    dU = s dZ^T L.
+
+dZ carries neither 1/n nor the upstream gradient, so that fp16 does not underflow: both multiply the gradients afterwards.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from slothc.gradients.vocabulary import Chain
 from torch import Tensor
 
-from .vocab_chain import processed
-from .vocab_matrix import linear_into, product_into
+from .vocab_chain import Adapter, processed
+from .vocab_matrix import adapted_into, linear_into, product_into
 from .vocab_rows import Loss, run_rows
 
 GPU_CHUNK_BYTES = 256 << 20
@@ -27,34 +31,54 @@ CPU_CHUNK_BYTES = 64 << 20
 """Bytes of one chunk's logits. A product with W reads all of W, so a chunk must have rows enough to pay for that."""
 
 
-Wants = tuple[bool, bool, bool]
+class Wants(NamedTuple):
+    """Which operands get a gradient."""
+
+    hidden: bool = False
+    weight: bool = False
+    bias: bool = False
+    low: bool = False
+    up: bool = False
 
 
-@dataclass(frozen=True)
-class Gradients:
+class Gradients(NamedTuple):
     """fp32 gradients of the operands, None where not asked for, before they are scaled."""
 
     hidden: Tensor | None = None
     weight: Tensor | None = None
     bias: Tensor | None = None
+    low: Tensor | None = None
+    up: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Operands:
-    """hidden [n, D], weight [V, D], bias [V] or None in the compute dtype; labels [n] or None."""
+    """hidden [n, D], weight [V, D], bias [V] or None in the compute dtype; labels [n] or None; an adapter's low [n, r] and up [V, r] in
+    its own dtype, or None.
+    """
 
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
     labels: Tensor | None
+    low: Tensor | None = None
+    up: Tensor | None = None
+    scale: float = 1.0
 
     def rows(self, start: int, stop: int) -> Tensor | None:
         """The labels of one chunk."""
         return None if self.labels is None else self.labels[start:stop]
 
     @staticmethod
-    def of(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor | None, dtype: torch.dtype) -> Operands:
-        return Operands(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), labels)
+    def of(
+        hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor | None, dtype: torch.dtype, adapter: Adapter | None = None
+    ) -> Operands:
+        ops = Operands(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), labels)
+        if adapter is None:
+            return ops
+        low, up, scale = adapter
+        wide = torch.promote_types(dtype, low.dtype)
+        return replace(ops, low=low.to(wide), up=up.to(wide), scale=scale)
 
 
 def chunk_rows(tokens: int, vocab: int, itemsize: int, device: torch.device) -> int:
@@ -74,7 +98,10 @@ def _chunks(ops: Operands) -> Iterator[tuple[int, int, Tensor, Tensor]]:
     for start in range(0, n, rows):
         h = ops.hidden[start : start + rows]
         z = buffer[: h.shape[0]]
-        linear_into(z, h, ops.weight, ops.bias)
+        if ops.low is None or ops.up is None:
+            linear_into(z, h, ops.weight, ops.bias)
+        else:
+            adapted_into(z, h, ops.weight, ops.bias, ops.low[start : start + rows], ops.up, ops.scale)
         yield start, start + h.shape[0], h, z
 
 
@@ -88,7 +115,7 @@ def losses_and_gradients(ops: Operands, loss: Loss, wants: Wants) -> tuple[Tenso
         run_rows(loss, mode, z, ops.rows(start, stop), losses=losses[start:stop])
         if any(wants):
             _add_chunk(grads, ops, start, stop, h, z)
-    return _spread(losses, keep, whole), _spread_hidden(grads, keep, whole)
+    return _spread(losses, keep, whole), _finished(grads, keep, whole)
 
 
 def greatest(ops: Operands, chain: Chain) -> Tensor:
@@ -105,7 +132,7 @@ def gradients(ops: Operands, loss: Loss, upstream: Tensor, wants: Wants) -> Grad
     for start, stop, h, z in _chunks(ops):
         run_rows(loss, "gradient", z, ops.rows(start, stop), upstream=upstream[start:stop])
         _add_chunk(grads, ops, start, stop, h, z)
-    return _spread_hidden(grads, keep, whole)
+    return _finished(grads, keep, whole)
 
 
 def _counting(ops: Operands, loss: Loss) -> tuple[Tensor | None, Operands]:
@@ -118,7 +145,8 @@ def _counting(ops: Operands, loss: Loss) -> tuple[Tensor | None, Operands]:
     keep = (ops.labels != loss.ignore_index).nonzero().squeeze(1)
     if keep.shape[0] == ops.labels.shape[0]:
         return None, ops
-    return keep, Operands(ops.hidden[keep], ops.weight, ops.bias, ops.labels[keep])
+    low = None if ops.low is None else ops.low[keep]
+    return keep, replace(ops, hidden=ops.hidden[keep], labels=ops.labels[keep], low=low)
 
 
 def _spread(t: Tensor, keep: Tensor | None, whole: Operands) -> Tensor:
@@ -126,14 +154,19 @@ def _spread(t: Tensor, keep: Tensor | None, whole: Operands) -> Tensor:
     return t if keep is None else t.new_zeros(whole.hidden.shape[0], *t.shape[1:]).index_copy_(0, keep, t)
 
 
-def _spread_hidden(grads: Gradients, keep: Tensor | None, whole: Operands) -> Gradients:
-    return grads if grads.hidden is None else replace(grads, hidden=_spread(grads.hidden, keep, whole))
+def _finished(grads: Gradients, keep: Tensor | None, whole: Operands) -> Gradients:
+    """The tokens' gradients for all tokens, the adapter's times its scale."""
+    hidden, low = (None if g is None else _spread(g, keep, whole) for g in (grads.hidden, grads.low))
+    for g in (low, grads.up):
+        if g is not None:
+            g.mul_(whole.scale)
+    return grads._replace(hidden=hidden, low=low)
 
 
 def _empty_gradients(ops: Operands, wants: Wants) -> Gradients:
     make = torch.zeros if ops.hidden.shape[0] == 0 else torch.empty
-    shapes = (ops.hidden.shape, ops.weight.shape, ops.weight.shape[:1])
-    tensors = [make(s, dtype=torch.float32, device=ops.hidden.device) if w else None for s, w in zip(shapes, wants)]
+    like = (ops.hidden, ops.weight, ops.weight[:, 0], ops.low, ops.up)
+    tensors = [make(t.shape, dtype=torch.float32, device=t.device) if w and t is not None else None for t, w in zip(like, wants)]
     return Gradients(*tensors)
 
 
@@ -145,3 +178,10 @@ def _add_chunk(grads: Gradients, ops: Operands, start: int, stop: int, h: Tensor
     if grads.bias is not None:
         total = dz.sum(0, dtype=torch.float32)
         grads.bias.copy_(total) if start == 0 else grads.bias.add_(total)
+    if ops.low is None or ops.up is None or (grads.low is None and grads.up is None):
+        return
+    dz = dz.to(ops.low.dtype)
+    if grads.low is not None:
+        product_into(grads.low[start:stop], dz, ops.up, add=False)
+    if grads.up is not None:
+        product_into(grads.up, dz.t(), ops.low[start:stop], add=start > 0)

@@ -33,6 +33,18 @@ def linear_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> 
         torch.addmm(bias, x, weight.t(), out=out)
 
 
+def adapted_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor, up: Tensor, scale: float) -> None:
+    """out = x W^T + b + s low up^T, summed in fp32 and rounded once. The adapter comes first: its own roundings are relative to itself."""
+    wide = x.new_empty(x.shape[0] * min(TILE, out.shape[1]), dtype=torch.float32)
+    for start in range(0, out.shape[1], TILE):
+        at = slice(start, min(start + TILE, out.shape[1]))
+        part = wide[: x.shape[0] * (at.stop - start)].view(x.shape[0], -1)
+        product_into(part, low, up[at].t(), add=False)
+        part.mul_(scale)
+        product_into(part, x, weight[at].t(), add=True)
+        out[:, at] = part if bias is None else part.add_(bias[at])
+
+
 def product_into(out: Tensor, a: Tensor, b: Tensor, *, add: bool) -> None:
     """out (+)= a b, with ``out`` fp32, a [m, k] and b [k, n] of one dtype."""
     if a.dtype == out.dtype:

@@ -3,7 +3,8 @@
     Z = H W^T + b,   c = chain(Z),   loss_t = logsumexp_v(c_tv) - c_(t, y_t)
 
 The logits between the two are what costs: tokens x vocabulary numbers that nobody keeps. ``chain`` is whatever the
-model does to one logit: casts, a scale, a soft-cap a tanh(z / a). Views are seen through; a slice of the tokens becomes
+model does to one logit: casts, a scale, a soft-cap a tanh(z / a). Where the head is an adapted linear, Z = H W^T + b + s L B^T with
+L = H A^T as the graph makes it: one linear over [H, s L] and [W, B]. Views are seen through; a slice of the tokens becomes
 one of H, a slice of the vocabulary from 0 one of W. Logits that the graph also returns are made on demand.
 """
 
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from slothc.gradients.vocabulary import Chain
 from torch import fx
 
+from .adapted_head import AdaptedHead, adapted_head
 from .likelihood import Likelihood, likelihood
 from .meaning import Op, View
 from .rule import Match, Miss, Sample, StructuralRule
@@ -37,7 +39,7 @@ class _Stop(Exception):
 
 @dataclass
 class _Head:
-    """What was found between a loss and its linear; ``path`` runs from the loss's operand to the linear."""
+    """What was found between a loss and its linear; ``path`` runs from the loss's operand to the linear or an adapted one's sum."""
 
     path: list[fx.Node] = field(default_factory=list)
     steps: list[tuple[fx.Node, str, tuple[float, ...]]] = field(default_factory=list)
@@ -45,17 +47,23 @@ class _Head:
     index: tuple[Any, ...] | None = None
     vocab: int | None = None
     normalised: fx.Node | None = None
+    adapted: AdaptedHead | None = None
 
     @property
     def linear(self) -> fx.Node:
-        return self.path[-1]
+        return self.path[-1] if self.adapted is None else self.adapted.linear
+
+    @property
+    def inside(self) -> tuple[fx.Node, ...]:
+        """The nodes of an adapted head that nobody else reads."""
+        return () if self.adapted is None else tuple(n for n in self.adapted.inside if n not in self.path)
 
 
 def recognise(view: View, node: fx.Node) -> Match | Miss | None:
     """A loss (see ``likelihood``) whose logits come from a linear.
 
-    ``inputs``: hidden, weight, bias (or None), labels. ``attrs``: chain (text of a ``Chain``), ignore_index,
-    label_smoothing, reduction, sign and picked (see ``Likelihood``), dtype (of the loss), index (items for hidden's
+    ``inputs``: hidden, weight, bias (or None), labels, adapters (see ``AdaptedHead``). ``attrs``: chain (text of a ``Chain``),
+    ignore_index, label_smoothing, reduction, sign and picked (see ``Likelihood``), dtype (of the loss), index (items for hidden's
     dimensions, or None), vocab (rows of the weight that count, or None), lazy (for each node in ``extra``: the text of
     the chain up to it). ``extra``: nodes whose values are read elsewhere and can be made on demand.
     """
@@ -88,8 +96,9 @@ def _match(view: View, node: fx.Node, loss: Likelihood) -> Match:
         "vocab": head.vocab,
         "lazy": lazy,
     }
-    nodes = (node, *loss.around, *(n for n in head.path if n not in kept))
-    inputs = {"hidden": hidden, "weight": weight, "bias": bias, "labels": loss.labels}
+    nodes = (node, *loss.around, *(n for n in head.path if n not in kept), *head.inside)
+    adapters = () if head.adapted is None else head.adapted.adapters
+    inputs = {"hidden": hidden, "weight": weight, "bias": bias, "labels": loss.labels, "adapters": adapters}
     return Match(RULE_NAME, node, nodes, inputs, attrs, extra=tuple(lazy))
 
 
@@ -123,9 +132,27 @@ def _walk(view: View, start: fx.Node, last: bool) -> _Head:
             raise _Stop("the logits are a number")
         head.path.append(node)
         op = view.op(node)
-        if op.kind == "linear":
+        if op.kind == "linear" or _is_adapted(view, head, node, op):
             return head
         node = _before(view, head, node, op)
+
+
+def _is_adapted(view: View, head: _Head, node: fx.Node, op: Op) -> bool:
+    """Whether ``node`` is the sum of a linear and its adapters; one that is wider than the linear ends with the cast back."""
+    found = adapted_head(view, node) if op.kind == "pointwise" else None
+    if found is None:
+        return False
+    if found.reason:
+        raise _Stop(found.reason)
+    base = view.value(found.linear).dtype
+    if view.value(node).dtype is not base:
+        last = head.path[-2:][0]
+        if not head.steps or head.steps[-1][:2] != (last, "cast") or view.value(last).dtype is not base:
+            raise _Stop(f"the adapted head's sum stays {view.value(node).dtype}, its linear is {base}")
+        head.steps.pop()
+        head.path.pop()
+    head.adapted = found
+    return True
 
 
 def _classes_last(view: View, head: _Head, node: fx.Node) -> fx.Node:
@@ -236,10 +263,10 @@ def _check_linear(view: View, head: _Head, labels: fx.Node) -> tuple[fx.Node, fx
 
 def _check_effects(view: View, node: fx.Node, head: _Head) -> None:
     mutated, grad = getattr(view, "mutated", None), getattr(view, "grad_enabled", None)
-    written = [n for n in head.path if mutated is not None and mutated(n)]
+    written = [n for n in (*head.path, *head.inside) if mutated is not None and mutated(n)]
     if written:
         raise _Stop(f"{written[0]} is written to in place")
-    if grad is not None and len({grad(n) for n in (node, *head.path)}) > 1:
+    if grad is not None and len({grad(n) for n in (node, *head.path, *head.inside)}) > 1:
         raise _Stop("part of it is under no_grad")
 
 
@@ -258,7 +285,10 @@ def _chain(view: View, head: _Head, upto: int) -> Chain:
 
 def _outside(view: View, loss: set[fx.Node], head: _Head) -> tuple[dict[fx.Node, str], set[fx.Node]]:
     """Which nodes become lazy values (with the chain up to each), and which nodes stay to read those."""
-    inner = {*loss, *head.path}
+    inner = {*loss, *head.path, *head.inside}
+    shared = next((n for n in head.inside if any(u not in inner for u in view.users(n))), None)
+    if shared is not None:
+        raise _Stop(f"{shared.name}, a part of the adapted head, is also read elsewhere")
     lazy: dict[fx.Node, str] = {}
     kept: set[fx.Node] = set()
     for place, n in enumerate(head.path):
@@ -316,6 +346,11 @@ def _gemma2(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) ->
     )
 
 
+def _lora(hidden: torch.Tensor, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    logits = F.linear(hidden, weight) + F.linear(F.linear(hidden, a), b) * 2.0
+    return F.cross_entropy(logits.float().view(-1, weight.shape[0]), labels.view(-1))
+
+
 def _cohere(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     logits = F.linear(hidden, weight) * 0.0625
     return F.cross_entropy(logits.float().view(-1, weight.shape[0]), labels.view(-1), label_smoothing=0.1)
@@ -332,12 +367,13 @@ def _per_token(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor)
     return F.cross_entropy(F.linear(hidden, weight).transpose(1, 2), labels, reduction="none")
 
 
-def _arguments(bias: bool = False) -> tuple[torch.Tensor, ...]:
+def _arguments(bias: bool = False, rank: int = 0) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(s, generator=generator, dtype=torch.float64) for s in ((2, 5, 8), (33, 8)))
     labels = torch.randint(0, 33, (2, 5), generator=generator)
     labels[0, 2] = -100
-    return (hidden, weight, *((torch.randn(33, generator=generator, dtype=torch.float64),) if bias else ()), labels)
+    more = ((33,),) if bias else ((rank, 8), (33, rank)) if rank else ()
+    return (hidden, weight, *(torch.randn(s, generator=generator, dtype=torch.float64) for s in more), labels)
 
 
 RULE = StructuralRule(
@@ -349,6 +385,7 @@ RULE = StructuralRule(
         Sample("gemma2: soft-cap, sum over num_items", _gemma2, _arguments),
         Sample("cohere: scale, smoothing", _cohere, _arguments),
         Sample("shifted logits, bias", _shifted_logits, lambda: _arguments(bias=True)),
+        Sample("an adapted head", _lora, lambda: _arguments(rank=3)),
         Sample("a loss for each token", _per_token, _arguments),
     ),
 )

@@ -27,7 +27,7 @@ class _Unlike(Exception):
 
 
 @dataclass
-class _Branch:
+class Branch:
     """linear(linear(source, a), b, bias) * scale * factor, and the nodes from its value back to ``source``."""
 
     a: fx.Node
@@ -42,7 +42,7 @@ class _Branch:
 
 
 @dataclass
-class _Base:
+class Base:
     """The base linear behind ``node``; ``x`` is what it reads."""
 
     linear: fx.Node
@@ -109,7 +109,7 @@ def _is_linear(view: View, node: Any) -> bool:
     return isinstance(node, fx.Node) and view.op(node).kind == "linear"
 
 
-def _branch(view: View, node: Any) -> _Branch | None:
+def _branch(view: View, node: Any) -> Branch | None:
     """The adapter that ends in ``node``; None where it is not two linears in a row."""
     inside: list[fx.Node] = []
     factors: list[fx.Node] = []
@@ -124,7 +124,7 @@ def _branch(view: View, node: Any) -> _Branch | None:
     _, b, bias = _parts(view, up)
     if len(factors) > 1 or (bias is not None and (s2 != 1 or late < len(factors))):
         return None
-    return _Branch(a, b, down, up, s1 * s2, factors[0] if factors else None, bias, source, inside + [up, down])
+    return Branch(a, b, down, up, s1 * s2, factors[0] if factors else None, bias, source, inside + [up, down])
 
 
 def _parts(view: View, node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None]:
@@ -132,16 +132,16 @@ def _parts(view: View, node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None]
     return args[0], args[1], args[2]
 
 
-def _base(view: View, node: Any) -> _Base | None:
+def _base(view: View, node: Any) -> Base | None:
     inside: list[fx.Node] = []
     linear = _peel(view, node, inside, reshapes=True)
     if not _is_linear(view, linear):
         return None
     x, weight, bias = _parts(view, linear)
-    return _Base(linear, x, weight, bias, view.op(linear).params.get("layout", "nk"), inside + [linear])
+    return Base(linear, x, weight, bias, view.op(linear).params.get("layout", "nk"), inside + [linear])
 
 
-def _sides(view: View, node: fx.Node) -> tuple[_Base, list[_Branch]]:
+def _sides(view: View, node: fx.Node) -> tuple[Base, list[Branch]]:
     """The base and the adapters of the sum at ``node``."""
     op = view.op(node)
     if op.kind != "pointwise" or op.params.get("fn") != "add" or len(op.args) != 2:
@@ -159,10 +159,33 @@ def _sides(view: View, node: fx.Node) -> tuple[_Base, list[_Branch]]:
             base, branches = _sides(view, before)
             base.inside += [*inner, before]
             return base, [*branches, branch]
+    if any(_magnified(view, arg) for arg in op.args):
+        raise _Unlike("the adapter is multiplied by a magnitude for each column (DoRA): its products stay eager")
     raise _Unlike
 
 
-def _adapter_input(view: View, base: _Base, branch: _Branch, inside: list[fx.Node]) -> fx.Node | None:
+def _magnified(view: View, node: Any) -> bool:
+    """Whether a term is DoRA's m s (xa A') B', with a number m for each column."""
+    node, _ = _scaled(view, node, [], [])
+    op = view.op(node) if isinstance(node, fx.Node) else None
+    if op is None or op.kind != "pointwise" or op.params["fn"] != "mul" or not all(_is_tensor(view, a) for a in op.args):
+        return False
+    for column, term in (op.args, op.args[::-1]):
+        branch = _branch(view, term) if all(size == 1 for size in view.value(column).shape[:-1]) else None
+        if branch is not None and view.value(branch.a).shape[0] < min(view.value(branch.a).shape[1], view.value(branch.b).shape[0]):
+            return True
+    return False
+
+
+def adapted(view: View, node: fx.Node) -> tuple[Base, list[Branch]] | None:
+    """The base linear and the adapters of the sum at ``node``; None where it is not such a sum."""
+    try:
+        return _sides(view, node)
+    except (_Unlike, KeyError):
+        return None
+
+
+def _adapter_input(view: View, base: Base, branch: Branch, inside: list[fx.Node]) -> fx.Node | None:
     """What the adapter reads where that is not the base's x: dropout(x), or x narrowed. None where it is x."""
     passed: list[fx.Node] = []
     x = _peel(view, base.x, [], reshapes=True)
@@ -176,7 +199,7 @@ def _adapter_input(view: View, base: _Base, branch: _Branch, inside: list[fx.Nod
     raise _Unlike
 
 
-def _guard(view: View, base: _Base, branch: _Branch, out: torch.dtype) -> None:
+def _guard(view: View, base: Base, branch: Branch, out: torch.dtype) -> None:
     """Raise where the value is LoRA but the kernel does not compute it."""
     a, b, weight = (view.value(n) for n in (branch.a, branch.b, base.weight))
     if any(view.op(n).params.get("layout", "nk") != "nk" for n in (branch.down, branch.up)):
@@ -241,12 +264,12 @@ def _match(view: View, node: fx.Node) -> Match | None:
     return Match(NAME, node, _leaves(view, node, inside), inputs | {"more": tuple(map(_adapter, branches[1:]))}, attrs)
 
 
-def _adapter(branch: _Branch) -> dict[str, Any]:
+def _adapter(branch: Branch) -> dict[str, Any]:
     """Its value is scale * factor * ((xa A') B' + c); factor and c may be None."""
     return {"a": branch.a, "b": branch.b, "c": branch.bias, "scale": branch.scale, "factor": branch.factor}
 
 
-def _widest(view: View, branches: list[_Branch]) -> torch.dtype:
+def _widest(view: View, branches: list[Branch]) -> torch.dtype:
     wide = view.value(branches[0].down).dtype
     for n in (n for branch in branches for n in (branch.down, branch.up)):
         wide = torch.promote_types(wide, view.value(n).dtype)

@@ -162,7 +162,7 @@ def _cuda(view: GraphView, inputs: Sequence[fx.Node]) -> list[int]:
 
 
 def draw(view: GraphView, node: fx.Node, resize: dict[int, int] | None = None, positive: bool = False) -> Any:
-    """A random value like the node's example: normal numbers (or their sizes plus 0.1), small integers, fair booleans."""
+    """A random value like the node's example: normal numbers (or their sizes plus 0.1), zeros and ones, fair booleans."""
     example = view.example(node)
     if not isinstance(example, Tensor):
         return _hint(example)
@@ -179,8 +179,25 @@ def draw(view: GraphView, node: fx.Node, resize: dict[int, int] | None = None, p
         memory = torch.randn(span, dtype=example.dtype, device=example.device)
         memory = memory.abs() + 0.1 if positive and not example.dtype.is_complex else memory
     else:
-        memory = torch.randint(0, 2, (span,), device=example.device).to(example.dtype)
+        memory = torch.randint(0, 1 if _only_row(view, node) else 2, (span,), device=example.device).to(example.dtype)
     return memory.as_strided(shape, strides)
+
+
+def _only_row(view: GraphView, node: fx.Node) -> bool:
+    """Whether a table of a single row (of token types, say) is looked up by these integers."""
+    for user in view.users(node):
+        op = view.op(user)
+        if op.kind in ("identity", "reshape", "expand", "cast", "index") and op.args[0] is node and _only_row(view, user):
+            return True
+        if op.kind == "embedding" and node is op.args[0]:
+            rows = view.value(op.args[1]).shape[0]
+        elif op.kind == "gather" and node is op.args[1]:
+            rows = view.value(op.args[0]).shape[op.params["dim"]]
+        else:
+            continue
+        if _hint(rows) == 1:
+            return True
+    return False
 
 
 def _hint(value: Any) -> Any:

@@ -37,28 +37,24 @@ def build(target: str, *, size: str, batch: int, seq: int | None, peft: str | No
 
     ``tiny`` is on the CPU with seeded random weights. ``full`` is on the meta device: shapes only, no memory.
     """
-    config = load_config(target)
-    if size == "tiny":
-        config = tiny.shrink(config)
-    config.use_cache = False
-    model = _model(config, torch.device("meta" if size == "full" else "cpu"), DTYPES[dtype])
+    from .survey_child import inputs
+
+    config, device = load_config(target), torch.device("meta" if size == "full" else "cpu")
+    model = _model(config, size, device, DTYPES[dtype])
+    given = inputs(model, 0, batch, min(seq or _LENGTH[size], _longest(model.config)))
     if peft == "lora":
         model = _with_lora(model)
-    length = min(seq or _LENGTH[size], _longest(config))
-    shape = (batch, length)
-    ids = torch.empty(shape, dtype=torch.int64, device="meta")
-    if size == "tiny":
-        ids = torch.randint(5, min(200, _vocabulary(config)), shape, generator=torch.Generator().manual_seed(0))
-    return model.train(), {"input_ids": ids, "labels": ids.clone()}
+    return model.train(), {name: t.to(device) for name, t in given.items()}
 
 
-def _model(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
-    from transformers import AutoModelForCausalLM
-
+def _model(config: PreTrainedConfig, size: str, device: torch.device, dtype: torch.dtype) -> Any:
     torch.manual_seed(0)
     try:
+        chosen = tiny.causal_config(config)
+        chosen = tiny.shrink(chosen) if size == "tiny" else chosen
+        chosen.use_cache = False
         with device:
-            return AutoModelForCausalLM.from_config(config, dtype=dtype)
+            return tiny.causal_class(config.model_type)._from_config(chosen, dtype=dtype)
     except (ValueError, ImportError, TypeError, AttributeError, KeyError, RuntimeError) as error:
         raise click.ClickException(f"transformers cannot build {config.model_type!r} here: {error}") from error
 
@@ -72,7 +68,3 @@ def _with_lora(model: torch.nn.Module) -> Any:
 
 def _longest(config: PreTrainedConfig) -> int:
     return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 1 << 30)
-
-
-def _vocabulary(config: PreTrainedConfig) -> int:
-    return int(config.get_text_config().vocab_size)

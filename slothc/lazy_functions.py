@@ -209,8 +209,8 @@ def _reshape(x: LazyLogits, *shape: Any) -> Any:
 def _reshaped(x: LazyLogits, new: torch.Size) -> Any:
     if not new or new[-1] != x.shape[-1] or x.numel() == 0:
         return NotImplemented
-    hidden = x.recipe.hidden
-    return x.derive(lambda t: t.reshape(new), view=True, hidden=hidden.reshape(*new[:-1], hidden.shape[-1]))
+    changes = x.recipe.tokens(lambda t: t.reshape(*new[:-1], t.shape[-1]))
+    return x.derive(lambda t: t.reshape(new), view=True, **changes)
 
 
 def _flatten(x: LazyLogits, start_dim: int = 0, end_dim: int = -1) -> Any:
@@ -234,15 +234,15 @@ def _getitem(x: LazyLogits, key: Any) -> Any:
     recipe, place = x.recipe, tuple(items)
     view = not any(isinstance(item, Tensor) for item in place)
     if sum(w or 0 for w in widths) < x.dim():
-        return x.derive(lambda t: t[place], view=view, hidden=recipe.hidden[place])
+        return x.derive(lambda t: t[place], view=view, **recipe.tokens(lambda t: t[place]))
     *leading, last = items
     if not isinstance(last, slice) or sum(w or 0 for w in widths) > x.dim():
         return NotImplemented
-    changes: dict[str, Any] = {"hidden": recipe.hidden[tuple(leading)] if leading else recipe.hidden}
+    changes = recipe.tokens(lambda t: t[tuple(leading)] if leading else t)
     if not _is_whole(last, x.shape[-1]):
         if recipe.normalised is not None:
             return NotImplemented
-        changes |= {"weight": recipe.weight[last], "bias": None if recipe.bias is None else recipe.bias[last]}
+        changes |= recipe.classes(last)
     return x.derive(lambda t: t[place], view=view, **changes)
 
 
@@ -292,14 +292,14 @@ def _logsumexp(x: LazyLogits, dim: Any, keepdim: bool = False) -> Any:
     dim = dim[0] if isinstance(dim, tuple | list) and len(dim) == 1 else dim
     if not _is_last(x, dim) or x.recipe.normalised is not None or not _in_chunks(x):
         return NotImplemented
-    result = linear_logsumexp(*_operands(x), chain=x.recipe.chain.text)
+    result = linear_logsumexp(*_operands(x), chain=x.recipe.chain.text, adapter=x.recipe.adapter)
     return result.unsqueeze(-1) if keepdim else result
 
 
 def _argmax(x: LazyLogits, dim: Any = None, keepdim: bool = False) -> Any:
     if not _is_last(x, dim) or x.recipe.normalised is not None or not _in_chunks(x):
         return NotImplemented
-    result = linear_argmax(*_operands(x), chain=x.recipe.chain.text)
+    result = linear_argmax(*_operands(x), chain=x.recipe.chain.text, adapter=x.recipe.adapter)
     return result.unsqueeze(-1) if keepdim else result
 
 
@@ -315,12 +315,12 @@ def _gather(x: LazyLogits, dim: Any, index: Any, *, sparse_grad: bool = False) -
             return NotImplemented
         target, chain = index[..., 0], x.recipe.chain.text
         loss = linear_cross_entropy(
-            *_operands(x), target, chain=chain, reduction="none", dtype=normalised, ignore_index=NO_LABEL
+            *_operands(x), target, chain=chain, reduction="none", dtype=normalised, ignore_index=NO_LABEL, adapter=x.recipe.adapter
         )
         return -loss.unsqueeze(-1)
     if index.shape[-1] * hidden.shape[-1] > x.shape[-1]:
         return NotImplemented
-    return picked(*_operands(x), x.recipe.chain, index)
+    return picked(*_operands(x), x.recipe.chain, index, x.recipe.adapter)
 
 
 def _cross_entropy(
@@ -340,7 +340,7 @@ def _cross_entropy(
     dtype = torch.float32 if torch.is_autocast_enabled(x.device.type) else x.dtype
     return linear_cross_entropy(
         *_operands(x), target, chain=x.recipe.chain.text, dtype=dtype,
-        ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=reduction,
+        ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=reduction, adapter=x.recipe.adapter,
     )  # fmt: skip
 
 

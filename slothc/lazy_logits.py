@@ -1,7 +1,7 @@
 """Logits that are made when somebody looks at them.
 
-A ``LazyLogits`` stands for chain(hidden W^T + b): it knows its shape, dtype and device, and makes itself, once, with
-the operations the graph had, when a value is used. Autograd passes through it, built or not.
+A ``LazyLogits`` stands for chain(hidden W^T + b), with an adapted head chain(hidden W^T + b + s low up^T): it knows its shape, dtype and
+device, and makes itself, once, with the operations the graph had, when a value is used. Autograd passes through it, built or not.
 
 - ``requires_grad``, ``grad_fn`` and ``is_leaf`` are those of a result of the graph; ``grad_fn`` is this class's own.
 - Metadata never builds it, nor does ``repr`` of more than ``PRINTED`` elements. Casts, scales, tanh, detach, views and
@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_map
 
 from slothc.gradients.vocabulary import Chain
 from slothc.kernels.binding import DTYPE
+from slothc.kernels.vocab_chain import Adapter
 from slothc.kernels.vocab_chain import logits as build_logits
 
 PRINTED = 4096
@@ -35,17 +36,38 @@ class StaleLogits(RuntimeError):
 
 @dataclass(frozen=True)
 class Recipe:
-    """hidden [..., D], weight [V, D], bias [V] or None; ``normalised``: the dtype of a log_softmax at the end."""
+    """hidden [..., D], weight [V, D], bias [V] or None; ``normalised``: the dtype of a log_softmax at the end. ``low`` [..., r], ``up``
+    [V, r] and ``scale``: of an adapted head.
+    """
 
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
     chain: Chain
     normalised: torch.dtype | None = None
+    low: Tensor | None = None
+    up: Tensor | None = None
+    scale: float = 1.0
+
+    @property
+    def inputs(self) -> tuple[Tensor | None, ...]:
+        return self.hidden, self.weight, self.bias, self.low, self.up
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        return tuple(t for t in (self.hidden, self.weight, self.bias) if t is not None)
+        return tuple(t for t in self.inputs if t is not None)
+
+    @property
+    def adapter(self) -> Adapter | None:
+        return None if self.low is None or self.up is None else (self.low, self.up, self.scale)
+
+    def tokens(self, step: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        """What changes where ``step`` is done to the leading dimensions."""
+        return {"hidden": step(self.hidden), "low": None if self.low is None else step(self.low)}
+
+    def classes(self, at: slice) -> dict[str, Any]:
+        """What changes where the vocabulary is sliced."""
+        return {name: None if t is None else t[at] for name, t in (("weight", self.weight), ("bias", self.bias), ("up", self.up))}
 
     @property
     def shape(self) -> torch.Size:
@@ -58,13 +80,13 @@ class Recipe:
     def build(self) -> Tensor:
         """The tensor itself, by the operations that the graph had."""
         with torch.enable_grad():
-            z = build_logits(self.hidden, self.weight, self.bias, self.chain)
+            z = build_logits(self.hidden, self.weight, self.bias, self.chain, self.adapter)
             return z if self.normalised is None else torch.log_softmax(z, -1, dtype=self.normalised)
 
     def detached(self) -> Recipe:
         """The same values, apart from autograd."""
-        bias = None if self.bias is None else self.bias.detach()
-        return replace(self, hidden=self.hidden.detach(), weight=self.weight.detach(), bias=bias)
+        bias, low, up = (None if t is None else t.detach() for t in (self.bias, self.low, self.up))
+        return replace(self, hidden=self.hidden.detach(), weight=self.weight.detach(), bias=bias, low=low, up=up)
 
 
 @dataclass(frozen=True)
@@ -100,7 +122,7 @@ class LazyLogits(Tensor):
         """The lazy tensor of ``recipe``. Outside grad mode it has no gradient, as any result there."""
         if not torch.is_grad_enabled() or not any(t.requires_grad for t in recipe.tensors):
             return LazyLogits._make(recipe.detached(), origin)
-        return _Node.apply(recipe.hidden, recipe.weight, recipe.bias, recipe, origin)
+        return _Node.apply(*recipe.inputs, recipe, origin)
 
     @property
     def recipe(self) -> Recipe:
@@ -184,35 +206,38 @@ class _Node(torch.autograd.Function):
     """The place of unbuilt logits in the autograd graph, for what reaches them below Python (a custom Function)."""
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, recipe: Recipe, origin: _Origin | None
-    ) -> LazyLogits:
+    def forward(ctx: Any, *inputs: Any) -> LazyLogits:
+        *_, recipe, origin = inputs
         ctx.recipe = recipe
         return LazyLogits._make(recipe, origin)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         recipe: Recipe = ctx.recipe
-        inputs = (recipe.hidden, recipe.weight, recipe.bias)
-        wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad) if needed and t is not None]
+        wanted = [t for t, needed in zip(recipe.inputs, ctx.needs_input_grad) if needed and t is not None]
         found = iter(torch.autograd.grad(recipe.build(), wanted, upstream, create_graph=torch.is_grad_enabled()))
-        return (*(next(found) if needed else None for needed in ctx.needs_input_grad[:3]), None, None)
+        return (*(next(found) if needed else None for needed in ctx.needs_input_grad[:5]), None, None)
 
 
 def _version(t: Tensor) -> int | None:
     return None if t.is_inference() else t._version
 
 
-def lazy_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, chain: str | None = None) -> Tensor:
-    """chain(hidden W^T + b), [..., V], not built yet. hidden [..., D], weight [V, D], bias [V] or None.
+def lazy_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None = None, chain: str | None = None, adapter: Adapter | None = None
+) -> Tensor:
+    """chain(hidden W^T + b), [..., V], not built yet. hidden [..., D], weight [V, D], bias [V] or None; ``adapter``: low [..., r],
+    up [V, r] and s, for s low up^T beside the linear.
 
     ``chain``: the text of a ``gradients.vocabulary.Chain`` (default: nothing, in hidden's dtype). For tensors that are
     not plain (fake ones, while another compiler traces) and on the meta device it is the ordinary result.
     """
     from slothc.kernels.vocab import NAMES
 
-    recipe = Recipe(hidden, weight, bias, Chain.parse(chain if chain is not None else NAMES[hidden.dtype]))
+    low, up, scale = adapter or (None, None, 1.0)
+    made = Chain.parse(chain if chain is not None else NAMES[hidden.dtype])
+    recipe = Recipe(hidden, weight, bias, made, low=low, up=up, scale=scale)
     plain = all(type(t) in (Tensor, torch.nn.Parameter) and t.device.type != "meta" for t in recipe.tensors)
     if not plain or torch.compiler.is_dynamo_compiling():
-        return build_logits(hidden, weight, bias, recipe.chain)
+        return build_logits(hidden, weight, bias, recipe.chain, adapter)
     return LazyLogits.of(recipe)

@@ -100,12 +100,14 @@ def _judged(
     return said | verdict
 
 
-def build(name: str, peft: str | None, dtype: torch.dtype) -> nn.Module:
+def build(name: str, peft: str | None, dtype: torch.dtype, **settings: Any) -> nn.Module:
     """A tiny seeded model of type ``name`` in train mode: dropout off, no cache, no norm weight at its initial constant.
 
-    ``peft="lora"``: adapters on all linears whose ``lora_B`` is no longer zero.
+    ``peft="lora"``: adapters on all linears whose ``lora_B`` is no longer zero. ``settings``: what to change in the config.
     """
     config = tiny_config(name)
+    for key, value in settings.items():
+        setattr(config, key, value)
     torch.manual_seed(0)
     model = _as_loaded(causal_class(name)._from_config(config, dtype=dtype), dtype).train()
     with torch.no_grad():
@@ -140,23 +142,24 @@ def _with_lora(model: nn.Module) -> Any:
     return adapted.train()
 
 
-def inputs(model: Any, seed: int) -> dict[str, Any]:
-    """Keyword arguments of one step: ``input_ids`` and ``labels`` [2, 16], a quarter of the labels ignored; an image where one is read.
+def inputs(model: Any, seed: int, batch: int = BATCH, length: int = LENGTH) -> dict[str, Any]:
+    """Keyword arguments of one step: ``input_ids`` and ``labels`` [batch, length], a quarter of the labels ignored; an image where one is
+    read.
 
     A model with several heads reads a sequence for each and stacks their labels in a last dimension.
     """
     made = torch.Generator().manual_seed(seed)
     vocabulary = getattr(model.config.get_text_config(), "vocab_size", None) or 200
     heads = len(getattr(model, "lm_heads", [None]))
-    ids = torch.randint(5, min(200, vocabulary), (BATCH * heads, LENGTH), generator=made)
+    ids = torch.randint(5, min(200, vocabulary), (batch * heads, length), generator=made)
     labels = ids.clone()
-    labels[:, : LENGTH // 4] = -100
+    labels[:, : length // 4] = -100
     if heads > 1:
-        labels = labels.view(BATCH, heads, LENGTH).transpose(1, 2).contiguous()
+        labels = labels.view(batch, heads, length).transpose(1, 2).contiguous()
     given: dict[str, Any] = {"input_ids": ids, "labels": labels}
     if model.config.model_type == "git":
         size = model.config.vision_config.image_size
-        given["pixel_values"] = torch.randn(BATCH, 3, size, size, generator=made).to(model.dtype)
+        given["pixel_values"] = torch.randn(batch, 3, size, size, generator=made).to(model.dtype)
     return given
 
 

@@ -109,13 +109,19 @@ def causal_class(name: str) -> Any:
 
 
 def tiny_config(name: str) -> PreTrainedConfig:
-    """The small config of a model type such as ``qwen3``, of the class that ``causal_class(name)`` is built from: a decoder's own where
-    the type is of several models. Raises ``ValueError`` with the known names for any other."""
+    """The small config of a model type such as ``qwen3``, of the class that ``causal_class(name)`` is built from. Raises ``ValueError``
+    with the known names for any other."""
     from transformers import AutoConfig
 
-    wanted, config = causal_class(name).config_class, AutoConfig.for_model(name)
+    causal_class(name)
+    return shrink(causal_config(AutoConfig.for_model(name)))
+
+
+def causal_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config that the causal language model of this type is built from: a decoder's own where the type is of several models."""
+    wanted = causal_class(config.model_type).config_class
     parts = [getattr(config, part) for part in config.sub_configs if type(getattr(config, part)) is wanted]
-    return shrink(config if isinstance(config, wanted) or not parts else parts[0])
+    return config if isinstance(config, wanted) or not parts else parts[0]
 
 
 def shrink(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,10 +16,11 @@ from .replacement import Replacement
 _PARTS = ("a", "b", "c", "scale", "factor")
 
 
-def joined_lora_linear(x: Tensor, xa: Tensor | None, weight: Tensor, bias: Tensor | None, *parts: Any, **attrs: Any) -> Tensor:
-    """``lora_linear`` with several adapters as one: sum of s ((xa A') B' + c) = s (xa [A..]') [B s/s ..]' + sum of s c.
+def joined(bias: Tensor | None, parts: Sequence[Any], dim: int) -> tuple[Tensor | None, Tensor, Tensor, float]:
+    """Several adapters as one: sum of s (L B' + c) = s [L..] [B s/s ..]' + sum of s c, the latter added to ``bias``.
 
-    ``parts``: a [r, K], b [N, r], c [N] or None, scale and factor (None is 1) of each adapter; s is scale * factor.
+    ``parts``: a first factor (A or L, whose rank is dimension ``dim``), b [N, r], c [N] or None, scale and factor (None is 1) of each; s is
+    scale * factor. Returns bias, first factor, second factor and s.
     """
     adapters = [parts[k : k + len(_PARTS)] for k in range(0, len(parts), len(_PARTS))]
     scales = [scale if factor is None else scale * factor for *_, scale, factor in adapters]
@@ -27,10 +29,14 @@ def joined_lora_linear(x: Tensor, xa: Tensor | None, weight: Tensor, bias: Tenso
         if c is not None:
             bias = c * scale if bias is None else bias + c * scale
     if len(adapters) == 1:
-        a, b = adapters[0][:2]
-        return lora_linear(x, xa, weight, bias, a, b, scales[0], **attrs)
-    a = torch.cat([a for a, *_ in adapters])
-    b = torch.cat([b if scale == s else b * (scale / s) for (_, b, *_), scale in zip(adapters, scales)], 1)
+        return bias, *adapters[0][:2], scales[0]
+    first = torch.cat([a for a, *_ in adapters], dim)
+    return bias, first, torch.cat([b if scale == s else b * (scale / s) for (_, b, *_), scale in zip(adapters, scales)], 1), s
+
+
+def joined_lora_linear(x: Tensor, xa: Tensor | None, weight: Tensor, bias: Tensor | None, *parts: Any, **attrs: Any) -> Tensor:
+    """``lora_linear`` with several adapters as one; ``parts`` as in ``joined``."""
+    bias, a, b, s = joined(bias, parts, 0)
     return lora_linear(x, xa, weight, bias, a, b, s, **attrs)
 
 

@@ -31,8 +31,8 @@ def padding(ids: Tensor, table: Tensor) -> Tensor:
     return torch.tanh(F.embedding(ids, table, padding_idx=1)) * 2.0
 
 
-def turned(ids: Tensor, table: Tensor) -> Tensor:
-    """A table that is kept turned, as a low-rank embedding's first factor is."""
+def padding_in_columns(ids: Tensor, table: Tensor) -> Tensor:
+    """As an adapter on an embedding has its table: [rank, vocabulary]."""
     return torch.tanh(F.embedding(ids, table.T, padding_idx=1)) * 2.0
 
 
@@ -71,7 +71,7 @@ def drawn(function: Callable[..., Any], dtype: torch.dtype) -> list[Tensor]:
     return {
         embedded: lambda: [index(7, 2, 5), real(7, 24), real(24)],
         padding: lambda: [index(3, 2, 5), real(3, 24)],
-        turned: lambda: [index(3, 2, 5), real(24, 3)],
+        padding_in_columns: lambda: [index(3, 2, 5), real(24, 3)],
         routed: lambda: [real(12, 24), real(12), torch.randperm(12, device=DEVICE)],
         columns: lambda: [real(4, 9, 24), index(9, 5)],
         selected: lambda: [real(4, 9, 24), index(9, 5)],
@@ -81,7 +81,7 @@ def drawn(function: Callable[..., Any], dtype: torch.dtype) -> list[Tensor]:
     }[function]()
 
 
-FUNCTIONS = (embedded, padding, routed, columns, selected, from_the_end, picked, picked_rows)
+FUNCTIONS = (embedded, padding, padding_in_columns, routed, columns, selected, from_the_end, picked, picked_rows)
 
 
 def lifted(function: Callable[..., Any], dtype: torch.dtype) -> Case:

@@ -11,51 +11,19 @@ from slothc.gradients.vocabulary import Chain
 from slothc.kernels import vocab_chunks, vocab_rows
 from slothc.kernels.binding import DTYPE
 from slothc.kernels.torch_lowering import TorchLauncher
-from slothc.kernels.triton_launch import TritonLauncher, available
+from slothc.kernels.triton_launch import TritonLauncher
 from slothc.kernels.vocab import NAMES, _gradients_op, _op, linear_argmax, linear_cross_entropy, linear_logsumexp
 from slothc.kernels.vocab_chain import logits, picked
 from torch.utils._python_dispatch import TorchDispatchMode
+from vocab_case import CHAINS, DRAWS, INTERPRETED, TINY, assert_contract, draw, in_double, run
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else ["cpu"]
-TINY = {torch.float32: 1e-6, torch.bfloat16: 1e-4, torch.float16: 1e-4}
-CHAINS = {
-    "plain": "{d}",
-    "float": "{d}; cast fp32",
-    "soft-cap": "{d}; div 5.0 {d}; tanh {d}; mul 5.0 {d}; cast fp32",
-    "scale": "{d}; mul 0.0625 {d}; cast fp32",
-    "cap in fp32": "{d}; cast fp32; div 5.0 fp32; tanh fp32; mul 5.0 fp32",
-}
-DRAWS = 5
-INTERPRETED = available(torch.device("cpu"))
-
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks for a handful of tokens."""
     monkeypatch.setattr(vocab_chunks, "CPU_CHUNK_BYTES", 16 * 257 * 4)
     monkeypatch.setattr(vocab_chunks, "GPU_CHUNK_BYTES", 16 * 257 * 4)
-
-
-def draw(seed, dtype, device="cpu", n=41, d=24, v=257, bias=True):
-    g = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(n, d, generator=g).to(device, dtype).requires_grad_()
-    weight = (torch.randn(v, d, generator=g) * 0.5).to(device, dtype).requires_grad_()
-    b = torch.randn(v, generator=g).to(device, dtype).requires_grad_() if bias else None
-    labels = torch.randint(0, v, (n,), generator=g)
-    labels[2::5] = -100
-    return hidden, weight, b, labels.to(device), torch.rand(n, generator=g).to(device)
-
-
-def in_double(chain):
-    return Chain("fp64", tuple(type(s)(s.fn, s.numbers, "fp64") for s in chain.steps))
-
-
-def run(loss_of, operands, upstream):
-    """The loss and the gradient of every operand that wants one."""
-    leaves = [t for t in operands if t is not None and t.requires_grad]
-    loss = loss_of(*operands)
-    total = (loss.float() * upstream).sum() if loss.dim() else loss.float() * 0.37
-    return [loss.detach(), *torch.autograd.grad(total, leaves)]
 
 
 def three(seed, dtype, device, text, reduction, smoothing, **shape):
@@ -69,16 +37,6 @@ def three(seed, dtype, device, text, reduction, smoothing, **shape):
     wide = tuple(None if t is None else t.detach().double().requires_grad_() for t in ops)
     truth = run(lambda h, w, b: F.cross_entropy(logits(h, w, b, in_double(chain)), labels, **how), wide, upstream)
     return sloth, eager, truth
-
-
-def assert_contract(draws, dtype):
-    if dtype == torch.bfloat16 and INTERPRETED and not torch.cuda.is_available():
-        pytest.skip("the Triton interpreter rounds to bfloat16 towards zero")
-    for results in zip(*(zip(*d) for d in draws)):
-        norm = sum(float(t.double().norm()) ** 2 for _, _, t in results) ** 0.5 or 1.0
-        ours, theirs = (sum(float((r[k].double() - r[2]).norm()) ** 2 for r in results) ** 0.5 / norm for k in (0, 1))
-        assert ours <= 1.10 * theirs + TINY[dtype], (ours, theirs)
-        assert all(r[0].dtype == r[1].dtype and r[0].shape == r[1].shape for r in results)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -290,11 +248,13 @@ def test_logsumexp_argmax_and_picked():
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_op(reduction):
     hidden, weight, bias, labels, _ = draw(0, torch.float32, n=5, v=19, d=4)
-    for wants in ([True, True, True], [True, False, False], [False, False, False]):
-        ops = [t.detach().requires_grad_(w) for t, w in zip((hidden, weight, bias), wants)]
-        torch.library.opcheck(_op, (*ops, labels, "fp32", -100, 0.1, reduction, torch.float32, wants))
-    given = (torch.ones(5), torch.ones(5), hidden.detach(), weight.detach(), None, labels)
-    torch.library.opcheck(_gradients_op, (*given, "fp32", -100, 0.0, [True, True, False]))
+    low, up = torch.randn(5, 2), torch.randn(19, 2)
+    for wants in ([True, True, True, False, False], [True, False, False, False, False], [True, False, False, True, True], [False] * 5):
+        ops = [t.detach().requires_grad_(w) for t, w in zip((hidden, weight, bias, low, up), wants)]
+        ops = ops if wants[4] else [*ops[:3], None, None]
+        torch.library.opcheck(_op, (*ops, labels, 0.5, "fp32", -100, 0.1, reduction, torch.float32, wants))
+    given = (torch.ones(5), torch.ones(5), hidden.detach(), weight.detach(), None, low, up, labels)
+    torch.library.opcheck(_gradients_op, (*given, 0.5, "fp32", -100, 0.0, [True, True, False, True, True]))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

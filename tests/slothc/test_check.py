@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from slothc.kernels import rowwise_op
 from torch import Tensor
 
 from slothc.capture import found_in
 from slothc.check import check
-from slothc.errors import VerificationFailed
+from slothc.errors import RegionDropped, VerificationFailed
 from slothc.found import Region
 from slothc.regions import leaves
 
@@ -43,3 +45,16 @@ def test_a_function_of_positive_numbers_is_checked() -> None:
 def test_what_has_no_value_at_any_draw_is_not_let_through() -> None:
     with pytest.raises(VerificationFailed, match="could not be checked"):
         run(never)
+
+
+def test_a_table_of_one_row_is_looked_up_where_it_has_one() -> None:
+    """RoBERTa's token types: integers beyond the table are no draw."""
+    def function(ids: Tensor, kinds: Tensor, words: Tensor, types: Tensor) -> Tensor:
+        return F.layer_norm(F.embedding(ids, words) + F.embedding(kinds.view(2, 5), types), (24,))
+
+    words, types = torch.randn(7, 24, requires_grad=True), torch.randn(1, 24, requires_grad=True)
+    given = torch.randint(0, 7, (2, 5)), torch.zeros(10, dtype=torch.int64), words, types
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RegionDropped)
+        ours = torch.compile(function, backend="sloth")(*given)
+    torch.testing.assert_close(ours, function(*given))

@@ -48,6 +48,13 @@ def test_explain_takes_a_directory(tmp_path: Path) -> None:
     assert next(model.parameters()).dtype == torch.float32
 
 
+def test_explain_builds_a_decoder_from_its_own_config() -> None:
+    """musicgen's config is of several models, its heads read a sequence each."""
+    result = invoke("explain", "musicgen", "--size", "tiny")
+    assert result.exit_code == 0, result.output
+    assert "layer_norm" in result.output
+
+
 def test_full_size_takes_no_memory() -> None:
     model, inputs = cli_target.build("llama", size="full", batch=1, seq=64, peft="lora", dtype="bf16")
     assert all(p.is_meta for p in model.parameters())

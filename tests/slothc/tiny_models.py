@@ -11,16 +11,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 
 import slothc.backend
 from slothc import rewrite as rewriting
 from slothc.rewrite import Rewritten
+from slothc.survey_judge import Wide
 from slothc.tiny import tiny_config
 
 TINY = {torch.float32: 1e-6, torch.bfloat16: 1e-4}
-NARROW = (torch.float32, torch.bfloat16, torch.float16)
 # Where "all-linear" is not possible: PEFT refuses the out_proj of Mamba blocks, breaks a router that returns a tuple, and turns experts
 # into parametrisations that break the graph.
 TARGETS = {
@@ -91,20 +90,6 @@ def step(owner: nn.Module, run: Callable[..., Any] | None = None, **inputs: Any)
     loss.backward()
     found = {n: p.grad.clone() for n, p in owner.named_parameters() if p.grad is not None}
     return Step(loss.detach(), found)
-
-
-class Wide(TorchFunctionMode):
-    """Every dtype that a model asks for is float64: an upcast to fp32 written in a model is no rounding of the truth."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function in (Tensor.float, Tensor.half, Tensor.bfloat16):
-            return args[0].double()
-        args, kwargs = torch.utils._pytree.tree_map(self._wide, (args, kwargs or {}))
-        return function(*args, **kwargs)
-
-    @staticmethod
-    def _wide(value: Any) -> Any:
-        return torch.float64 if isinstance(value, torch.dtype) and value in NARROW else value
 
 
 def truth(owner: nn.Module, **inputs: Any) -> Step:
