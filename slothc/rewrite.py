@@ -17,6 +17,7 @@ from slothc.kernels import rowwise_op
 from slothc.patterns.rule import Match, Miss
 
 from . import bind
+from .batched import batched
 from .blocks import Block, blocks
 from .check import check
 from .errors import RegionDropped, VerificationFailed
@@ -49,7 +50,8 @@ def rewrite(module: fx.GraphModule, options: Options, run: bool = True, view: Gr
     """Rewrite ``module`` in place and report. ``run=False`` (explain) neither checks nor changes anything."""
     counts["graphs"] += 1
     view = GraphView(module) if view is None else view
-    view = view.again() if functional(view) else view
+    for simpler in (batched, functional):
+        view = view.again() if simpler(view) else view
     result = Rewritten(find(view, options))
     for caller, child in view.child_modules():
         result.children.append(rewrite(child, options, run, view.child(caller, child)))
