@@ -19,6 +19,7 @@ from slothc.patterns.rule import Match, Miss
 from . import bind
 from .batched import batched
 from .blocks import Block, blocks
+from .catalogue import CONSTANT
 from .check import check
 from .errors import RegionDropped, VerificationFailed
 from .found import Found, Region, find
@@ -188,6 +189,8 @@ def _match_job(view: GraphView, match: Match) -> _Job | None:
         given = dict(zip(inputs, values))
         return replacement.target(*(given.get(a, a) if isinstance(a, fx.Node) else a for a in arguments), **kwargs)
 
+    if match.rule == CONSTANT:
+        return None                                                        # the same nodes, run elsewhere
     missing = [a for a in arguments if isinstance(a, fx.Node) and a not in inputs]
     value = view.value(match.node)
     tensors = [n for n in inputs if isinstance(view.example(n), torch.Tensor)]
