@@ -86,7 +86,7 @@ class _Whole:
                 if name == ADD:
                     self.new[node] = self._moved(node, node.args[0], node.args[1], 0)
                 elif name == REMOVE:
-                    node.replace_all_uses_with(self._moved(node, self.new[node.args[0]], 0, node.args[3]))
+                    node.replace_all_uses_with(self._moved(node, fx.map_arg(node.args[0], self._now), 0, node.args[3]))
                 else:
                     self.new[node] = self._made(node, node.op, node.target, *fx.map_arg((node.args, node.kwargs), self._now))
         for node in reversed(self.span):

@@ -1,7 +1,7 @@
 """Values that depend on nothing that enters the graph but sizes: tables that a model makes anew in every step, and that need be made once.
 
 Not every one of them is kept: a mask of T x T is no more work to make from ``arange`` than to read. A value is kept where making it from
-what is kept before it moves several times its own bytes.
+what is kept before it moves several times its own bytes, or where it is no larger than the kept values that only it reads.
 """
 
 from __future__ import annotations
@@ -32,7 +32,10 @@ def constants(view: GraphView, taken: set[fx.Node]) -> list[Match]:
     for node in fixed:
         work[node] = traffic(view, node) + sum(work[n] for n in node.all_input_nodes if n in work and n not in kept)
         value = view.example(node)
-        if isinstance(value, torch.Tensor) and value.dim() and work[node] >= WORTH * bytes_of(value) > 0 and not given_away & set(storages(value)):
+        if not isinstance(value, torch.Tensor) or not value.dim() or given_away & set(storages(value)):
+            continue
+        instead = sum(bytes_of(view.example(n)) for n in node.all_input_nodes if n in kept and view.users(n) == [node])
+        if work[node] >= WORTH * bytes_of(value) > 0 or 0 < bytes_of(value) <= instead:
             kept.add(node)
     read = _read(view, set(fixed), kept)
     found: list[Match] = []
