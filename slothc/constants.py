@@ -39,7 +39,7 @@ def constants(view: GraphView, taken: set[fx.Node]) -> list[Match]:
             kept.add(node)
     read = _read(view, set(fixed), kept)
     found: list[Match] = []
-    free = set(fixed)
+    free = _gone(view, fixed, read)
     for node in (n for n in fixed if n in read):
         cone = mask.find(view, node)
         if isinstance(cone, mask.Cone) and not cone.data:
@@ -47,6 +47,15 @@ def constants(view: GraphView, taken: set[fx.Node]) -> list[Match]:
             free.difference_update(inside)
             found.append(Match(CONSTANT, node, inside, {"sizes": cone.sizes}, {"cone": cone}, count=0))
     return found
+
+
+def _gone(view: GraphView, fixed: list[fx.Node], read: set[fx.Node]) -> set[fx.Node]:
+    """The nodes that nothing needs any more once the values in ``read`` are made elsewhere."""
+    gone: set[fx.Node] = set()
+    for node in reversed(fixed):
+        if node in read or all(u in gone for u in view.users(node)):
+            gone.add(node)
+    return gone
 
 
 def _fixed(view: GraphView) -> Iterator[fx.Node]:

@@ -68,6 +68,15 @@ def test_what_is_cheap_or_differs_is_not(function: Callable[..., object]) -> Non
     assert made_once(function) == 0
 
 
+def test_what_others_read_too_is_still_made() -> None:
+    def function(x: Tensor) -> Tensor:
+        places = torch.arange(x.shape[2])
+        return (x + places) @ (places.float() * 0.5).sin().cos()
+
+    (match,) = (m for m in found_in(function, [x()]).matches if m.rule == CONSTANT)
+    assert not any(getattr(n.target, "__name__", "") == "arange" for n in match.nodes)
+
+
 def test_what_the_caller_gets_is_made_anew() -> None:
     torch._dynamo.reset()
     compiled, value = torch.compile(returned, backend="sloth"), x()
