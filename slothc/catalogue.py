@@ -12,7 +12,7 @@ from .errors import OptionError
 
 STRUCTURAL: tuple[StructuralRule, ...] = (cross_entropy.RULE, lora_linear.RULE, attention.RULE)
 ROW: tuple[RowRule, ...] = (rms_norm.RULE, layer_norm.RULE, gated_mlp.RULE, rope.RULE)
-UNNAMED = "rowwise"
+UNNAMED, CONSTANT = "rowwise", "constant"
 
 
 def rules() -> tuple[StructuralRule | RowRule, ...]:
@@ -22,7 +22,7 @@ def rules() -> tuple[StructuralRule | RowRule, ...]:
 
 def names() -> tuple[str, ...]:
     """The names that counts and ``disable`` use."""
-    return (*(r.name for r in rules()), UNNAMED)
+    return (*(r.name for r in rules()), UNNAMED, CONSTANT)
 
 
 def rule(name: str) -> StructuralRule | RowRule:

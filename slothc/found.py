@@ -12,7 +12,8 @@ from torch import fx
 from slothc.gradients.plan import Plan
 from slothc.patterns.rule import Match, Miss
 
-from .catalogue import STRUCTURAL, UNNAMED
+from .catalogue import CONSTANT, STRUCTURAL, UNNAMED
+from .constants import constants
 from .lift import CannotLift, lift, shape_of
 from .lift_forms import same
 from .naming import Part, parts
@@ -21,6 +22,7 @@ from .planning import plan
 from .regions import ARITHMETIC, FLOATS, JOINS, Cone, Growth, behind, leaves
 from .statistics import counts
 from .structure import structure
+from .traffic import traffic
 from .view import GraphView
 
 ATTEMPTS = 8
@@ -75,19 +77,30 @@ def find(view: GraphView, options: Options) -> Found:
     found = Found(view)
     growth = Growth(view)
     _structural(found, growth, options)
-    unnamed: set[str] = set()
     for cone in growth.cones():
         region = _region(found, growth, cone)
         if region is None or not _worthwhile(view, region, options):
             continue
-        if not region.parts and len(unnamed | {region.plan.key}) > MOST:
-            found.misses.append(Miss(UNNAMED, cone.sink, f"there are more than {MOST} different formulas in one graph"))
-            continue
-        unnamed.update({region.plan.key} if not region.parts else ())
         region = _with_producer(found, growth, region)
         growth.claim(region.cone)
         found.regions.append(region)
+    _limit(found)
+    found.matches += [] if CONSTANT in options.disable else constants(view, growth.taken)
     return found
+
+
+def _limit(found: Found) -> None:
+    """Of more than ``MOST`` unnamed formulas those that account for most bytes stay: each is compiled and checked."""
+    sizes: Counter[str] = Counter()
+    for region in found.regions:
+        if not region.parts:
+            sizes[region.plan.key] += sum(traffic(found.view, n) for n in region.cone.nodes)
+    beyond = {key for key, _ in sizes.most_common()[MOST:]}
+    left = [r for r in found.regions if not r.parts and r.plan.key in beyond]
+    reason = f"there are more than {MOST} different formulas in one graph, and others move more bytes"
+    nodes = (n for r in left for n in r.cone.nodes if found.view.op(n).kind in ARITHMETIC)
+    found.misses += [Miss(UNNAMED, n, reason) for n in sorted(nodes, key=found.view.order.__getitem__)]
+    found.regions = [r for r in found.regions if r not in left]
 
 
 def _structural(found: Found, growth: Growth, options: Options) -> None:

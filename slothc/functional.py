@@ -22,6 +22,7 @@ from .lift_forms import same
 from .sizes import shape_of
 from .spellings import target_name
 from .view import GraphView
+from .view_alias import storages
 from .written import write_into, written
 
 _OPERATORS: dict[Any, Callable[..., Any]] = {
@@ -50,8 +51,9 @@ def functional(view: GraphView) -> bool:
     """Rewrite the graph of ``view`` as above, where it can be done; whether anything changed (the view is then out of date)."""
     if not any(view.op(n).params.get("mutates") for n in view.nodes):
         return False
+    changed = _plain(view)
+    view = view.again() if changed else view
     order = view.order
-    changed = False
     for members in view.memories():
         base = _base(view, members)
         writes = [] if base is None else _writes(view, base, members, order)
@@ -59,6 +61,24 @@ def functional(view: GraphView) -> bool:
             _Versions(view, base, order).through(writes)
             changed = True
     return changed
+
+
+def _plain(view: GraphView) -> bool:
+    """Readers of what is only another name of memory that is written to (``contiguous`` where nothing moves) read that memory itself."""
+    changed = False
+    for node in (n for members in view.memories() for n in reversed(members)):                    # readers first: names of names
+        source = view.op(node).args[0] if view.op(node).kind == "identity" else None
+        if isinstance(source, fx.Node) and source.op.startswith("call") and node.users and _one(view.example(node), view.example(source)):
+            node.replace_all_uses_with(source)
+            changed = True
+    return changed
+
+
+def _one(a: Any, b: Any) -> bool:
+    """Whether two example values are one tensor: the same memory, read the same way."""
+    if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)) or not storages(a) or storages(a) != storages(b):
+        return False
+    return a.shape == b.shape and a.stride() == b.stride() and a.storage_offset() == b.storage_offset()
 
 
 def _base(view: GraphView, members: Sequence[fx.Node]) -> fx.Node | None:

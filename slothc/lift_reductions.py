@@ -20,6 +20,8 @@ from .lift_scalars import SCALAR, number
 from .lift_space import MAX_LANES, OtherLane, fixed
 from .sizes import shape_of
 
+APART = 64            # elements of a row that are no neighbours in memory: as many as a kernel's rows, which share what they load
+
 
 class Reductions(Loader):
     """Handlers of operations that combine the lanes of a row."""
@@ -49,6 +51,11 @@ class Reductions(Loader):
         free = (a for a, n in self.space.axes.items() if a not in used and same(n, size))
         return self.view.value(source).stride(dim) == 1 and (not isinstance(size, int) or size > MAX_LANES) and any(free)
 
+    def _apart(self, source: fx.Node, dim: int) -> bool:
+        """Whether the elements along ``dim`` are too many for a load each, and few enough for a row whose elements lie apart."""
+        size = shape_of(self.view, source)[dim]
+        return isinstance(size, int) and MAX_LANES < size <= APART
+
     def _reduced(self, op_name: str, values: list[sp.Expr]) -> sp.Expr:
         if op_name == "sum":
             return self._stage(Reduce("sum", sp.Add(*values)), None)
@@ -76,7 +83,7 @@ class Reductions(Loader):
         rank = len(shape_of(self.view, source))
         dim = op.params["dims"][0] if len(op.params["dims"]) == 1 else rank
         prefix = index if not op.params["keepdim"] else (*index[:dim], *index[dim + 1 :])
-        if dim != rank - 1 and (dim == rank or not self._near(source, dim, prefix)):
+        if dim != rank - 1 and (dim == rank or not (self._near(source, dim, prefix) or self._apart(source, dim))):
             return self._few(node, op, index)
         if fn not in ("sum", "mean", "amax", "amin", "var", "std", "norm", "logsumexp"):
             raise CannotLift(node, f"the reduction {fn} has no formula")

@@ -17,7 +17,9 @@ SCANS = ("cumsum", "cumprod", "cummax", "logcumsumexp", "associative_scan", "sca
 ORDERS = ("sort", "argsort", "topk", "unique", "histc", "bincount", "nonzero", "searchsorted", "one_hot")
 SCATTERS = ("scatter", "index_add", "index_copy", "index_put", "gather", "index_select", "getitem", "take_along_dim", "masked_select")
 COPIES = {"cat": "copies into one tensor", "stack": "copies into one tensor", "pad": "copies into a larger tensor", "roll": "a copy"}
-MADE = ("arange", "zeros", "ones", "full", "empty", "eye", "tensor", "rand", "randn", "new_zeros", "new_ones", "new_full", "new_empty")
+MADE = set("arange eye tensor rand randn".split()) | {
+    name for made in ("zeros", "ones", "full", "empty") for name in (made, f"{made}_like", f"new_{made}")
+}
 
 
 def why(view: GraphView, node: fx.Node, missed: Mapping[fx.Node, str]) -> str:

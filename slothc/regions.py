@@ -58,7 +58,10 @@ class Growth:
         value = view.example(node)
         if kind in ("split", "moments"):
             return all(isinstance(v, torch.Tensor) for v in value)
-        return isinstance(value, torch.Tensor) and (value.dtype in FLOATS or value.dtype == torch.bool or value.dtype.is_complex)
+        if not isinstance(value, torch.Tensor):
+            return False
+        number = kind == "full" and not value.dim()                        # of any width: it does not decide the result's
+        return number or value.dtype in FLOATS or value.dtype == torch.bool or value.dtype.is_complex
 
     def cones(self) -> Iterator[Cone]:
         """Every cone, last value first. ``barred`` nodes, set while iterating, are no longer taken in."""

@@ -12,6 +12,7 @@ from slothc.gradients.plan import Plan
 from slothc.gradients.pretty import formula, operand_names
 from slothc.patterns.rule import Match
 
+from . import constants
 from .catalogue import rules
 from .coverage import operation
 from .found import Region
@@ -62,7 +63,7 @@ def _region(view: GraphView, item: Region, count: int) -> RegionLine:
 
 
 def _match(view: GraphView, item: Match, count: int) -> RegionLine:
-    math = next(r.math for r in rules() if r.name == item.rule)
+    math = next((r.math for r in rules() if r.name == item.rule), constants.MATH)
     chain = item.attrs.get("chain")
     text = math + (f"\nchain = {chain}" if chain else "")
     return RegionLine(item.rule, view.location(item.node), text, _before(view, item.nodes), kernel=FAMILY.get(item.rule, ""), count=count)

@@ -150,4 +150,4 @@ def _missed(miss: Miss) -> MissLine:
 
 
 def _ordered(total: Counter[str]) -> dict[str, int]:
-    return {n: total[n] for n in sorted(total, key=lambda n: (-total[n], n))}
+    return {n: total[n] for n in sorted(+total, key=lambda n: (-total[n], n))}

@@ -17,7 +17,9 @@ from slothc.kernels import rowwise_op
 from slothc.patterns.rule import Match, Miss
 
 from . import bind
+from .batched import batched
 from .blocks import Block, blocks
+from .catalogue import CONSTANT
 from .check import check
 from .errors import RegionDropped, VerificationFailed
 from .found import Found, Region, find
@@ -49,7 +51,8 @@ def rewrite(module: fx.GraphModule, options: Options, run: bool = True, view: Gr
     """Rewrite ``module`` in place and report. ``run=False`` (explain) neither checks nor changes anything."""
     counts["graphs"] += 1
     view = GraphView(module) if view is None else view
-    view = view.again() if functional(view) else view
+    for simpler in (batched, functional):
+        view = view.again() if simpler(view) else view
     result = Rewritten(find(view, options))
     for caller, child in view.child_modules():
         result.children.append(rewrite(child, options, run, view.child(caller, child)))
@@ -186,6 +189,8 @@ def _match_job(view: GraphView, match: Match) -> _Job | None:
         given = dict(zip(inputs, values))
         return replacement.target(*(given.get(a, a) if isinstance(a, fx.Node) else a for a in arguments), **kwargs)
 
+    if match.rule == CONSTANT:
+        return None                                                        # the same nodes, run elsewhere
     missing = [a for a in arguments if isinstance(a, fx.Node) and a not in inputs]
     value = view.value(match.node)
     tensors = [n for n in inputs if isinstance(view.example(n), torch.Tensor)]

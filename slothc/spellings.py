@@ -18,6 +18,7 @@ from .spellings_call import Call, Decline, Row, example, settled
 from .spellings_composite import COMPOSITE
 from .spellings_effects import written as written_to
 from .spellings_matrix import MATRIX
+from .spellings_numpy import numpy_number
 from .spellings_pointwise import POINTWISE
 from .spellings_views import VIEWS
 from .written import written
@@ -85,6 +86,9 @@ def meaning(node: fx.Node, example: Callable[[Any], Any] = example) -> Op:
     value = example(node)
     if value is not None and not isinstance(value, torch.Tensor | tuple | list):
         return Op("opaque", _operands(node), {"fn": name, "scalar": True})
+    number = numpy_number(node)
+    if number is not None:
+        return Op("full", (), {"value": number})
     row = _row(node, name)
     if row is None:
         return Op("opaque", _operands(node), {"fn": name})

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from slothc.patterns.rule import Match
 
-from . import attention, cross_entropy, lora_linear
+from . import attention, constant, cross_entropy, lora_linear
 from .replacement import Replacement
 
-_BIND = {"attention": attention.bind, "cross_entropy": cross_entropy.bind, "lora_linear": lora_linear.bind}
+_BIND = {"attention": attention.bind, "constant": constant.bind, "cross_entropy": cross_entropy.bind, "lora_linear": lora_linear.bind}
 
 
 def calls(match: Match) -> list[Replacement]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,9 @@ COMPOSITES: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]]
     "pairs by a matrix": (
         lambda x, m: torch.tanh(torch.einsum("btpi,tpij->btpj", x.unflatten(-1, (-1, 2)), m).flatten(-2)), (X, (5, 24, 2, 2)),
     ),
+    "rows that lie apart": (lambda x, r: torch.tanh((r.unsqueeze(-1) * x).sum(-2)) * 2.0, ((2, 40, 24), (2, 40))),
+    "the largest of rows that lie apart": (lambda x, w: torch.tanh(x.amax(dim=1)) * w, ((2, 40, 24), (24,))),
+    "a number by NumPy": (lambda x, w: torch.tanh(x * w) / np.sqrt(48), (X, (48,))),
     "a row that was moved": (lambda x: (x.transpose(1, 2) * x.transpose(1, 2).square().mean(1, keepdim=True)), (X,)),
 }  # fmt: skip
 
@@ -49,6 +53,7 @@ OPAQUE: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] = {
     "a matrix product by letters": (lambda x, y: torch.einsum("bti,bsi->bts", x, y), (X, X)),
     "two letters summed": (lambda x, y: torch.einsum("bti,bti->b", x, y), (X, X)),
     "a diagonal": (lambda x: torch.einsum("ii->i", x), ((48, 48),)),
+    "a sum over many that lie apart": (lambda x: x.sum(1), ((2, 65, 48),)),
     "rolled over all": (lambda x: torch.roll(x, 1), (X,)),
     "normalize of order 1": (lambda x: F.normalize(x, p=1.0, dim=-1), (X,)),
 }

@@ -61,6 +61,16 @@ def element(x: Tensor, w: Tensor) -> Tensor:
     return h + x
 
 
+def renamed(x: Tensor, w: Tensor) -> Tensor:
+    """``contiguous`` and ``type_as`` where nothing moves: two more names of one memory."""
+    h = x * w
+    h += x
+    k = h.contiguous().type_as(x)
+    first = k[0].clone()
+    k[1:] += torch.tanh(first)
+    return k * 2.0 + h
+
+
 def steps(x: Tensor, w: Tensor) -> Tensor:
     """Every other lane: no affine piece, so the write stays what it was."""
     h = x @ torch.ones(16, 16)
@@ -73,6 +83,14 @@ def stale(x: Tensor, w: Tensor) -> Tensor:
     low = h[..., :8]
     h.add_(1.0)
     return torch.cat((low, low), dim=-1) * x + h
+
+
+def moved(x: Tensor, w: Tensor) -> Tensor:
+    """``contiguous`` where it copies: memory of its own."""
+    h = (x * w).transpose(0, 1)
+    k = h.contiguous()
+    h[..., ::2] = w[::2]
+    return (torch.tanh(k) + h).transpose(0, 1) * x
 
 
 def narrower(x: Tensor, w: Tensor) -> Tensor:
@@ -94,7 +112,7 @@ def outside(x: Tensor, w: Tensor) -> Tensor:
     return torch.tanh(x * w) + x
 
 
-VALUES = (joined, added, added_through_a_view, rows, filled, element, steps)
+VALUES = (joined, added, added_through_a_view, rows, filled, element, renamed, steps)
 LEFT = (stale, narrower, without_gradient, outside)
 
 
@@ -124,7 +142,7 @@ def check(function: Callable[[Tensor, Tensor], Tensor]) -> None:
         torch.testing.assert_close(ours, eager, rtol=2e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("function", [*VALUES, *LEFT], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("function", [*VALUES, *LEFT, moved], ids=lambda f: f.__name__)
 def test_it_computes_what_eager_computes(function: Callable[[Tensor, Tensor], Tensor]) -> None:
     check(function)
 

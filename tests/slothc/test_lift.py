@@ -168,7 +168,7 @@ def test_equal_spellings_lift_to_one_plan() -> None:
 
 REASONS: list[tuple[Callable[..., Any], str]] = [
     (lambda x: torch.cumsum(x, -1) * 2.0, "formula"),
-    (lambda x: x.transpose(1, 2).mean(1, keepdim=True) + 1.0, "not the last"),
+    (lambda x: x.transpose(1, 2).repeat(1, 2, 1).mean(1, keepdim=True) + 1.0, "not the last"),
     (lambda x: torch.cat([x[:1]] * 17) * 2.0, "17 pieces"),
     (lambda x: F.pad(x, (1, 1), mode="reflect") * 2.0, "formula"),
     (lambda x: x.view(2, 5, 16, 3).transpose(2, 3).reshape(2, 5, 48).cumprod(-1), "formula"),

@@ -162,6 +162,21 @@ def test_an_unrolled_recurrence_is_cut_off() -> None:
     assert len(found.regions) == MOST and any("different formulas" in m.reason for m in found.misses)
 
 
+def test_of_too_many_formulas_the_largest_stay() -> None:
+    """The small ones come last in the graph, where the search begins."""
+
+    def function(a: Tensor, w: Tensor) -> Tensor:
+        a = torch.tanh(a) * 0.5 @ w
+        b = a[:, :1]
+        for k in range(MOST + 5):
+            b = torch.tanh(b @ w) * (k + 2.5)
+        return b
+
+    found = find(GraphView(captured(function, [x(), torch.randn(48, 48)])), Options())
+    sizes = [found.view.value(r.cone.sink).numel() for r in found.regions]
+    assert len(sizes) == MOST and max(sizes) == x().numel()
+
+
 def test_a_formula_ends_where_it_grows_too_long() -> None:
     def chain(a: Tensor, b: Tensor) -> Tensor:
         for k in range(LARGEST):
