@@ -37,7 +37,7 @@ class Part:
 
 @dataclass
 class Scores:
-    """Attention as its parts: ``turned`` says that k is [batch, head, dim, length]. ``nodes``: what only computes the scores and weights."""
+    """Attention as its parts. ``turned``: k is [batch, head, dim, length]. ``nodes``: what only computes the scores and weights."""
 
     q: fx.Node
     k: fx.Node
@@ -109,7 +109,7 @@ def _product(view: View, softmax: fx.Node) -> fx.Node | None:
             return node
         if node not in seen and op.kind in ("softmax", "pointwise", "cast", "identity", "reshape", "cat", "index", "expand", "opaque"):
             seen.add(node)
-            waiting += [a for a in node.all_input_nodes if isinstance(view.example(a), torch.Tensor) and view.value(a).dim() >= 3]
+            waiting += [a for a in node.all_input_nodes if a.op.startswith("call")]
     return None
 
 

@@ -55,7 +55,7 @@ class Loader:
         self.loads: list[Access | None] = []
         self.leaves: list[fx.Node] = []
         self.lookups: dict[int, LeafLookup] = {}
-        self.indirect: dict[tuple[fx.Node, tuple[Form, ...], int | None, bool], str] = {}
+        self.indirect: dict[tuple[fx.Node, tuple[Form, ...], int | None, bool, bool], str] = {}
         self.sizes: dict[str, Size] = dict(space.axes)
         self.stages: list[Stage] = []
 

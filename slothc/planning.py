@@ -166,7 +166,8 @@ class _Abstract:
             dims.append(size if fit is None else int(fit) if sp.sympify(fit).is_Integer else fit)
         dtype = "fp32" if pairs else STORAGE[value.dtype]
         if lookup is not None:
-            return Operand(tuple(dims), dtype, complex=pairs, lookup=Lookup(lookup.index, lookup.dim, lookup.skipped, lookup.along, lookup.signed))
+            how = Lookup(lookup.index, lookup.dim, lookup.skipped, lookup.along, lookup.signed)
+            return Operand(tuple(dims), dtype, complex=pairs, lookup=how)
         strides, sizes = [_typical(s) for s in value.stride()], [_typical(s) for s in value.shape]
         if pairs:
             strides, sizes = [2 * s for s in strides] + [1], [*sizes, 2]

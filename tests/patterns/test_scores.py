@@ -1,4 +1,4 @@
-"""Attention written out, in the spellings models use and in others: found, run by a library kernel, equal to eager; or left with a reason."""
+"""Attention written out, as models spell it and otherwise: found, run by a library kernel, equal to eager; or left with a reason."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from captured import graphs_of
+from slothc.patterns.rule import Match
 from torch import Tensor, nn
 
 from slothc.bind.attention import describe
-from slothc.patterns.rule import Match
 
 LENGTH, DIM = 10, 8
 LEAST = torch.finfo(torch.float32).min
