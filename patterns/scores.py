@@ -5,6 +5,10 @@
 The scores and their softmax are what costs: queries x keys numbers, several times over. Between the two products every
 step is one of: a number to scale with, a tensor to add, a number where a condition does not hold, the row's maximum to
 subtract (softmax does not see it), a cast. What else stands there has no word in scaled_dot_product_attention.
+
+In 16 bits it stays as it is: the backward of a fused kernel, dS = P (dP - rowsum(dO O)), takes the row sum from the rounded O. Where
+weights are nearly alike the difference is far smaller than its terms, and the gradients of q and k lose digits that the written form,
+which sums P dP, keeps.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from .meaning import Op, View
 from .rule import Miss
 
 RULE_NAME = "attention"
+LOW = (torch.bfloat16, torch.float16)
 SHUT = -1e30         # this and less takes in any score: added to it or in its place is the same number
 
 
@@ -123,7 +128,6 @@ def _scores(view: View, node: fx.Node, walk: _Walk, start: fx.Node, v: fx.Node) 
     back = view.op(k)
     turned = not (back.kind == "permute" and back.params["dims"] == (0, 1, 3, 2))
     k = k if turned else back.args[0]
-    q, k = _narrow(view, q, v), _narrow(view, k, v)
     _check_shapes(view, node, q, k, v, turned)
     _check_mask(view, walk, q, at, start)
     _check_readers(view, node, walk.nodes)
@@ -226,19 +230,12 @@ _Step = Callable[[View, _Walk, fx.Node, Op], fx.Node]
 _STEPS: dict[str, _Step] = {"mul": _scaled, "div": _scaled, "add": _added, "where": _filled, "sub": _shifted}
 
 
-def _narrow(view: View, node: fx.Node, v: fx.Node) -> fx.Node:
-    """The value before a cast that makes no digit of it, where that has the values' dtype: products of its elements are the same."""
-    op = view.op(node)
-    wider = op.kind == "cast" and view.value(node).dtype == torch.float32
-    if wider and view.value(op.args[0]).dtype == view.value(v).dtype in (torch.bfloat16, torch.float16):
-        return op.args[0]
-    return node
-
-
 def _check_shapes(view: View, node: fx.Node, q: fx.Node, k: fx.Node, v: fx.Node, turned: bool) -> None:
     values = [view.value(n) for n in (q, k, v)]
     if len({t.dtype for t in (*values, view.value(node))}) != 1:
         raise _Stop("queries, keys, values and result are not of one dtype")
+    if values[0].dtype in LOW:
+        raise _Stop(f"in {str(values[0].dtype).removeprefix('torch.')} a fused kernel's gradients are farther from truth than these")
     if any(t.dim() != 4 for t in values):
         raise _Stop("queries, keys and values are not [batch, head, length, dim]")
     shapes = [tuple(t.shape) for t in values]

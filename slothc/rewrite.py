@@ -228,14 +228,15 @@ class _Splice:
 
     def all(self, result: Rewritten) -> None:
         members = [m for b in result.blocks for m in b.members]
+        alone = [i for i in result.used if i not in members]
+        bound = [bind.calls(i) if isinstance(i, Match) else [] for i in alone]     # functions cut out of the graph as it still is
         for block in result.blocks:
             self.calls(block.place, block.call(self.view), block.operands, block.results)
-        for item in (i for i in result.used if i not in members):
+        for item, found in zip(alone, bound):
             if isinstance(item, Region):
                 self.region(item)
-            else:
-                for r in bind.calls(item):
-                    self.replace(r.node, r.target, r.args, dict(r.kwargs))
+            for r in found:
+                self.replace(r.node, r.target, r.args, dict(r.kwargs))
         for node in reversed(self.graph.nodes):
             if not node.users and node not in self.effects and node.op not in ("placeholder", "output"):
                 self.graph.erase_node(node)

@@ -8,6 +8,7 @@ from typing import Any
 
 _ALTERNATE = ["sliding_attention", "full_attention"]
 _LOCAL, _MROPE = {"rope_type": "default", "rope_theta": 10000.0}, {"mrope_section": [4, 2, 2]}
+_QUARTER = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}
 _GROUPED_OF_ONE = {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "n_shared_experts": 1}
 _GEMMA4 = {"num_hidden_layers": 4, "layer_types": _ALTERNATE * 2, "num_key_value_heads": 1,
            "per_layer_config": {1: {"head_dim": 32}, 3: {"head_dim": 32}}}  # fmt: skip
@@ -22,6 +23,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     "deepseek_v2": _GROUPED_OF_ONE,
     "dory": {"num_hidden_layers": 3, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
              "n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 1},
+    "deepseek_v4": {"partial_rotary_factor": 0.25, "rope_parameters": {"main": _QUARTER, "compress": {**_QUARTER, "rope_theta": 160000.0}}},
     "dots1": {"n_routed_experts": 4, **_GROUPED_OF_ONE},
     "dots3_note_text": {"head_dim": 24, "layer_types": ["indexed_attention", "sliding_attention"], "mlp_layer_types": ["dense", "sparse"],
                         "index_n_heads": 4, "per_layer_config": {1: _WIDE_LATENT}},

@@ -139,19 +139,26 @@ def test_it_is_found_and_equal(function: Callable[..., Tensor]) -> None:
         torch.testing.assert_close(mine, eager, rtol=2e-6, atol=2e-6)
 
 
-@pytest.mark.parametrize("function", WORDS, ids=lambda f: f.__name__)
-def test_in_bf16_it_is_as_near_to_truth(function: Callable[..., Tensor]) -> None:
-    """Value and gradients, each over all draws together."""
-    torch._dynamo.reset()
-    compiled = torch.compile(Attend(function), backend="sloth")
-    off = torch.zeros(4, 2, dtype=torch.float64)
-    for seed in range(12):
-        given = heads(dtype=torch.bfloat16, seed=seed)
-        truth = gradients(function, [t.detach().double().requires_grad_() for t in given])
-        for side, run in enumerate((compiled, function)):
-            for k, (mine, true) in enumerate(zip(gradients(run, given), truth, strict=True)):
-                off[k, side] += (mine - true).square().sum()
-    assert bool((off[:, 0].sqrt() <= 1.10 * off[:, 1].sqrt()).all()), off
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_16_bits_it_stays_as_it_is(dtype: torch.dtype) -> None:
+    matches, reasons = found(upcast, *heads(dtype=dtype))
+    assert matches == [] and len(reasons) == 1 and "farther from truth" in reasons[0]
+
+
+def test_why_it_stays_in_16_bits() -> None:
+    """Weights that are nearly alike: the gradients of q from a rounded result are several times farther from truth."""
+
+    def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v)
+
+    off = torch.zeros(2, dtype=torch.float64)
+    for seed in range(8):
+        q, k, v = heads(dtype=torch.bfloat16, seed=seed)
+        given = [t.detach().requires_grad_() for t in (0.05 * q, 0.05 * k, 1 + 0.05 * v)]
+        true = gradients(plain, [t.detach().double().requires_grad_() for t in given])[1]
+        for side, run in enumerate((fused, plain)):
+            off[side] += (gradients(run, given)[1] - true).square().sum()
+    assert off[0].sqrt() > 1.10 * off[1].sqrt(), off
 
 
 def test_no_scores_are_kept() -> None:

@@ -69,7 +69,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_contract_and_counts(name: str, dtype: torch.dtype) -> None:
-    assert held(odd(name, dtype), dtype) == SPELLINGS[name].counts()
+    assert held(odd(name, dtype), dtype) == SPELLINGS[name].counts(dtype)
 
 
 @pytest.mark.parametrize("name", ["lengths, complex numbers, glu", "einsum everywhere", "gated norms", "sandwiched"])
@@ -105,5 +105,5 @@ def test_random_models(spelling: Spelling, dtype: torch.dtype, seed: int) -> Non
     torch._dynamo.reset()
     torch.manual_seed(seed)
     exact = dtype == torch.float32
-    found, expected = held(OddModel(spelling).to(dtype).train(), dtype, "error" if exact else "ignore"), spelling.counts()
+    found, expected = held(OddModel(spelling).to(dtype).train(), dtype, "error" if exact else "ignore"), spelling.counts(dtype)
     assert found == expected if exact else found <= expected

@@ -27,12 +27,7 @@ CAUSES = {
 }  # fmt: skip
 
 
-# Four rotated tensors of deepseek_v4 whose tiny heads turn a single pair have no name yet.
-UNNAMED = {"deepseek_v4"}
-NAMES = [pytest.param(n, marks=pytest.mark.xfail(reason="a single pair of lanes")) if n in UNNAMED else n for n in config_names()]
-
-
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", config_names())
 def test_everything_that_a_reader_counts_is_found(name: str) -> None:
     try:
         model = build(name, None, torch.float32)

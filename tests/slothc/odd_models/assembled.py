@@ -40,13 +40,15 @@ class Spelling:
     width: int = 32
     adapter: Callable[[int, int], nn.Module] | None = None
 
-    def counts(self) -> Counter[str]:
-        """What a reader would count: the blocks' norms and the last one, two rotated tensors and one MLP a block, the loss."""
+    def counts(self, dtype: torch.dtype = torch.float32) -> Counter[str]:
+        """What a reader would count: the blocks' norms and the last one, two rotated tensors and one MLP a block, the loss. ``dtype``:
+        attention that is written out is counted in fp32 alone, in 16 bits it is left as it is.
+        """
         total = Counter({"cross_entropy": 1})
         for _ in range(self.layers * self.norms + 1):
             total += self.norm.counts
         for _ in range(self.layers):
-            total += self.mlp.counts
+            total += self.mlp.counts + (self.attention.counts if dtype == torch.float32 else Counter())
             total += Counter({"rope": 2 if self.rotation else 0, "lora_linear": 1 if self.adapter else 0})
         return total
 

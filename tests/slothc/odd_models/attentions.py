@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,11 @@ HEADS, SHARED = 4, 2
 
 
 class Attention(nn.Module):
-    """Four query heads over two key heads. ``turn``: the rotation of queries and keys, or None."""
+    """Four query heads over two key heads. ``turn``: the rotation of queries and keys, or None. ``counts``: where it is one softmax between
+    two batched products it is found as attention; the rest is fused by rows.
+    """
+
+    counts: Counter[str] = Counter()
 
     def __init__(self, width: int, turn: Rotation | None) -> None:
         super().__init__()
@@ -38,6 +43,8 @@ class Attention(nn.Module):
 
 class BySoftmax(Attention):
     """Softmax in fp32, the mask from ``tril`` added as -inf."""
+
+    counts = Counter({"attention": 1})
 
     def mixed(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         k, v = (t.repeat_interleave(HEADS // SHARED, dim=1) for t in (k, v))
