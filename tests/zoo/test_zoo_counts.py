@@ -27,7 +27,12 @@ CAUSES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", config_names())
+# Two rotations of deepseek_v4's compressed keys: the turned halves are a region of their own.
+UNNAMED = {"deepseek_v4": pytest.mark.xfail(strict=True, reason="the turned halves are cut off")}
+NAMES = [pytest.param(n, marks=UNNAMED[n]) if n in UNNAMED else n for n in config_names()]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_everything_that_a_reader_counts_is_found(name: str) -> None:
     try:
         model = build(name, None, torch.float32)

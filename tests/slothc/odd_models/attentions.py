@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ class Attention(nn.Module):
     two batched products it is found as attention; the rest is fused by rows.
     """
 
-    counts: Counter[str] = Counter()
+    counts: ClassVar[Counter[str]] = Counter()
 
     def __init__(self, width: int, turn: Rotation | None) -> None:
         super().__init__()
@@ -44,7 +45,7 @@ class Attention(nn.Module):
 class BySoftmax(Attention):
     """Softmax in fp32, the mask from ``tril`` added as -inf."""
 
-    counts = Counter({"attention": 1})
+    counts: ClassVar[Counter[str]] = Counter({"attention": 1})
 
     def mixed(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         k, v = (t.repeat_interleave(HEADS // SHARED, dim=1) for t in (k, v))
