@@ -136,7 +136,7 @@ def _cells(row: Row, known: Sequence[Peer]) -> list[Cell]:
     status, errors, share = row["status"], row.get("errors", {}).get("gradients", {}), row.get("coverage")
     covered: Cell = ("", "")
     if share is not None:
-        bar = Markup('<i class="bar {}" style="--w:{:.3f}"></i>{}').format(grade(share), share, f"{share:.1%}")
+        bar = Markup('<i class="bar {}" style="--w:{:.3f}"></i><span class="share">{}</span>').format(grade(share), share, f"{share:.1%}")
         covered = (share, bar)
     chip = Markup('<span class="chip {}" title="{}">{}</span>').format(TONES.get(status, "fair"), MEANINGS[status], status)
     found = ", ".join(f"{n} {c}" for n, c in row.get("counts", {}).items()) or row["reason"]

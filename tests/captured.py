@@ -1,4 +1,4 @@
-"""Every graph that Dynamo makes of a model, rewritten as ``slothc.explain`` rewrites: nothing is computed."""
+"""Every graph that Dynamo makes of a model, looked at as ``slothc.explain`` looks at it, and run: what comes next may read its values."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from slothc.explain import _Hollow
 from slothc.options import Options
 from slothc.rewrite import Rewritten, rewrite
 
@@ -19,7 +18,7 @@ def graphs_of(model: nn.Module, **inputs: Any) -> list[Rewritten]:
 
     def record(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         found.append(rewrite(module, Options(), run=False))
-        return _Hollow(module)
+        return module.forward
 
     torch._dynamo.reset()
     with torch.random.fork_rng():
