@@ -21,7 +21,7 @@ CAUSES = {
         "a logit goes through mul of 2 tensors, which is not a known function of one logit",              # a scale for each token
         "between the linear and the loss stands transpose",              # several heads' logits, stacked before the loss
     ),
-    "norm": (ONE, WRITTEN),
+    "norm": (ONE, WRITTEN, "it reduces over 8 elements where the row has 24"),   # part of a row that is joined right after it
     "rotated": (),
     "gated": (),
 }  # fmt: skip
