@@ -42,6 +42,16 @@ def test_a_function_of_positive_numbers_is_checked() -> None:
         run(logarithm, wrong=0.01)
 
 
+def overflowing(x: Tensor) -> Tensor:
+    return torch.exp(80 * x) * torch.exp(-80 * x) + x
+
+
+def test_where_eager_overflows_nothing_is_compared() -> None:
+    assert all(ours < 1e-4 for ours, _ in run(overflowing).values())
+    with pytest.raises(VerificationFailed, match="result 0"):
+        run(overflowing, wrong=0.01)
+
+
 def test_what_has_no_value_at_any_draw_is_not_let_through() -> None:
     with pytest.raises(VerificationFailed, match="could not be checked"):
         run(never)
