@@ -112,7 +112,7 @@ def _product(view: View, softmax: fx.Node) -> fx.Node | None:
         op = view.op(node)
         if op.kind == "matmul":
             return node
-        if node not in seen and op.kind in ("softmax", "pointwise", "cast", "identity", "reshape", "cat", "index", "expand", "opaque"):
+        if node not in seen and op.kind in ("softmax", "pointwise", "cast", "identity", "reshape", "cat", "index", "expand"):
             seen.add(node)
             waiting += [a for a in node.all_input_nodes if a.op.startswith("call")]
     return None
@@ -152,21 +152,17 @@ def _scaled(view: View, walk: _Walk, node: fx.Node, op: Op) -> fx.Node:
     inverse = op.params["fn"] == "div"
     if len(numbers) != 1 or len(nodes) != 1 or (inverse and op.args[1] is not numbers[0]):
         raise _Stop("the scores are scaled by a tensor")
-    factor = 1.0 / float(numbers[0]) if inverse else float(numbers[0])
-    if any(p.kind == "add" for p in walk.parts) and not _fits(factor):
-        raise _Stop("the scores are scaled by a number that is not positive")
-    walk.scale *= factor
+    number = float(numbers[0])
+    if not 0.0 < number < float("inf"):
+        raise _Stop(f"the scores are scaled by {number}")
+    walk.scale *= 1.0 / number if inverse else number
     return nodes[0]
-
-
-def _fits(factor: float) -> bool:
-    return 0.0 < factor < float("inf")
 
 
 def _added(view: View, walk: _Walk, node: fx.Node, op: Op) -> fx.Node:
     """x + mask, whichever of the two is written first: the scores are the side that has a product behind it."""
     first, second = op.args
-    if not (isinstance(first, fx.Node) and isinstance(second, fx.Node)) or (op.params.get("alpha", 1) != 1):
+    if not (isinstance(first, fx.Node) and isinstance(second, fx.Node)):
         raise _Stop("a number is added to the scores")
     scores = [a for a in (first, second) if _product(view, a) is not None]
     if len(scores) != 1:

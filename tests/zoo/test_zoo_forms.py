@@ -6,6 +6,7 @@ many architectures in both dtypes. What does not run there with a backend that d
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -74,11 +75,15 @@ def first_that_runs(names: list[str], wanted: str, run: Callable[[str], None], m
         if error is None:
             return
         without = attempt(lambda name=name: run(name), "eager", monkeypatch)
-        same = type(without) is type(error) and (not isinstance(error, AssertionError) or str(without) == str(error))
-        if not same:                                                        # a backend that does nothing is as wrong: Dynamo's doing
-            raise error
+        if type(without) is not type(error) or (isinstance(error, AssertionError) and _said(without) != _said(error)):
+            raise error                                                     # what Dynamo alone gets wrong it gets wrong by the same words
         reasons.append(f"{name}: {type(error).__name__}: {error}"[:100])
     pytest.skip(f"without sloth: {'; '.join(reasons)}")
+
+
+def _said(error: BaseException) -> tuple[str, list[int]]:
+    """What an assertion says, and the lines that it was reached by in the lists of what is tested."""
+    return str(error), [at.lineno or 0 for at in traceback.extract_tb(error.__traceback__) if at.filename == surroundings.__file__]
 
 
 @pytest.mark.parametrize("name, form, dtype", design(list(FORMS), 0))
