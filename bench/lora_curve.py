@@ -71,7 +71,7 @@ def curve(name: str, a: argparse.Namespace) -> isolate.Result:
     if system == "liger":
         systems.patch_liger(a.model)
     model = systems.base_model(a.model, a.device, layers=a.layers, attn=a.attn)
-    model = systems.with_adapters(model, fp32=fp32_adapters)
+    model = systems.with_adapters(model, a.model, fp32=fp32_adapters)
     if widened:
         model = model.float()
     step_model = systems.compiled(system, model, a.sloth_options)

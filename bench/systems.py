@@ -21,6 +21,8 @@ os.environ.setdefault("UNSLOTH_DISABLE_AUTO_UPDATES", "1")
 
 SYSTEMS = ("eager", "dynamo-eager", "inductor", "liger", "unsloth", "sloth")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ALL = "all-linear"  # where the seven have other names
+TARGETS_OF = {"nanochat_d32": ALL, "falcon_h1_1b": ALL}
 _LLAMA3 = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
     "rms_norm_eps": 1e-5,
@@ -59,6 +61,62 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "gemma2_2b": ("Gemma2Config", {}),
+    "moe3b": (  # 16 experts, two of them for each token
+        "MixtralConfig",
+        {
+            "vocab_size": 32000,
+            "hidden_size": 1536,
+            "intermediate_size": 2048,
+            "num_hidden_layers": 18,
+            "num_attention_heads": 24,
+            "num_key_value_heads": 8,
+            "num_local_experts": 16,
+            "num_experts_per_tok": 2,
+            "max_position_embeddings": 8192,
+            "sliding_window": None,
+        },
+    ),
+    "cohere2_4b": (  # Command R7B, half as deep
+        "Cohere2Config",
+        {
+            "vocab_size": 256000,
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 8192,
+        },
+    ),
+    "nanochat_d32": (
+        "NanoChatConfig",
+        {
+            "vocab_size": 65536,
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 16,
+            "max_position_embeddings": 2048,
+        },
+    ),
+    "falcon_h1_1b": (  # Falcon-H1-1.5B
+        "FalconH1Config",
+        {
+            "vocab_size": 65536,
+            "hidden_size": 2048,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 2,
+            "head_dim": 128,
+            "mamba_d_ssm": 3072,
+            "mamba_n_heads": 48,
+            "mamba_d_head": 64,
+            "mamba_d_state": 256,
+            "max_position_embeddings": 8192,
+        },
+    ),
     "tiny": (
         "LlamaConfig",
         {
@@ -111,11 +169,12 @@ def base_model(name: str, device: str, *, layers: int | None = None, attn: str =
     return model.train()
 
 
-def with_adapters(model: Any, *, fp32: bool) -> Any:
-    """LoRA r=16 on all seven linears, values seeded by name. ``fp32`` keeps adapters wider than the base."""
+def with_adapters(model: Any, name: str, *, fp32: bool) -> Any:
+    """LoRA r=16 on all linears of a layer, values seeded by name. ``fp32`` keeps adapters wider than the base."""
     from peft import LoraConfig, get_peft_model
 
-    adapters = LoraConfig(r=16, lora_alpha=16, target_modules=TARGETS, task_type="CAUSAL_LM", lora_dropout=0.0)
+    targets = TARGETS_OF.get(name, TARGETS)
+    adapters = LoraConfig(r=16, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM", lora_dropout=0.0)
     return seeded_adapters(get_peft_model(model, adapters, autocast_adapter_dtype=fp32))
 
 

@@ -84,7 +84,7 @@ def build(system: str, a: argparse.Namespace) -> Any:
         systems.patch_liger(a.model)
     model = systems.base_model(a.model, a.device, layers=a.layers, attn=a.attn)
     if a.mode == "lora":
-        model = systems.with_adapters(model, fp32=a.adapter_dtype == "fp32")
+        model = systems.with_adapters(model, a.model, fp32=a.adapter_dtype == "fp32")
     if a.ckpt:
         if a.mode == "lora":
             model.enable_input_require_grads()

@@ -120,14 +120,14 @@ def fits(x: Tensor, w: Tensor) -> bool:
     return x.stride(0) % 8 == 0 and rows % 8 == 0 and w.shape[1] % 8 == 0 and x.shape[1] % 8 == 0 < x.shape[1]
 
 
-_broken: set[torch.device] = set()
+_broken: set[tuple[Any, ...]] = set()     # (device, kernel, dtypes of the low-rank factors)
 
 
 class Tiles:
     """A kernel of joined_kernel.py over the output tiles of sum of x w + a b, for operands of these dtypes, shapes and strides.
 
     ``(pairs, a, b)`` gives the result; None where addresses do not suit the copy engine, or where the kernel cannot be built for the
-    device, which is remembered. ``rank``: columns of a in one dot.
+    device and the factors' dtypes, which is remembered. ``rank``: columns of a in one dot.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class Tiles:
     ) -> None:
         x, w = pairs[0]
         m, n = x.shape[0], w.shape[1]
-        self.device, self.empty = x.device, m * n == 0
+        self.kind, self.empty = (x.device, name, a.dtype, b.dtype), m * n == 0
         self.blank = Blanks([torch.empty(m, n, dtype=x.dtype, device=x.device)], [False])
         descriptors = [d for pair in pairs for d in _described(*pair)]
         descriptors.append(((m, n), (n, 1), [BLOCK_M, BLOCK_N // 2]))
@@ -149,7 +149,7 @@ class Tiles:
 
     def __call__(self, pairs: Sequence[Pair], a: Tensor, b: Tensor) -> Tensor | None:
         operands = [t for pair in pairs for t in pair]
-        if self.device in _broken or any(t.data_ptr() % 16 for t in operands):
+        if self.kind in _broken or any(t.data_ptr() % 16 for t in operands):
             return None
         (y,) = self.blank()
         if self.empty:
@@ -159,8 +159,9 @@ class Tiles:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            _broken.add(self.device)
-            text = f"sloth sums products on {self.device} with PyTorch, in more passes: {type(error).__name__}: {error}"
+            _broken.add(self.kind)
+            why = error.__cause__ or error                                # Triton's own says where, its cause what
+            text = f"sloth sums products on {self.kind[0]} with PyTorch, in more passes: {type(why).__name__}: {why}"
             warnings.warn(text, RuntimeWarning, stacklevel=2)
             return None
         return y

@@ -1,6 +1,6 @@
 """Compiles the kernels of representative plans for one GPU target, on a machine that needs no GPU: ``compile_for.py cuda 90 32``.
 
-Prints one JSON line for each kernel: name, whether it compiled, bytes of shared memory, and the error's text.
+Prints one JSON line for each kernel: name, whether it compiled, bytes of shared memory and how many it may have, and the error's text.
 """
 
 # ruff: noqa: E402
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,13 @@ import triton
 from contract import case
 from forms import FORMS
 from slothc.gradients.plan import Pass
-from slothc.kernels import cache, triton_source
+from slothc.kernels import cache, joined, joined_kernel, triton_source
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 POINTER = {"fp32": "*fp32", "bf16": "*bf16", "fp16": "*fp16", "i64": "*i64", "i32": "*i32", "bool": "*i1"}
 LOOPS = ("rms_norm", "add_norm", "layer_norm", "softmax", "largest", "chained", "total")
+SMALL, HOPPER = 48 * 1024, 227 * 1024                                     # bytes of shared memory that a program may have
 SHORT = ("scalars", "rope of learned angles", "by_sequence")              # some operands have row axes of size 1 only
 
 
@@ -56,24 +58,52 @@ def signature(p: Pass, kernel: Any) -> dict[str, str]:
     return found
 
 
-def compiled(name: str, p: Pass, groups: triton_source.Groups, loop: bool, target: GPUTarget) -> dict[str, Any]:
+def planned(name: str, p: Pass, groups: triton_source.Groups, loop: bool, target: GPUTarget) -> dict[str, Any]:
     kernel = cache.load("compile_for", triton_source.source(p, groups, loop)).kernel
-    types = signature(p, kernel)
     values = {"BLOCK_R": 1 if loop else 2, "BLOCK_L": 1024 if loop else 64, "WIDE": "layer_norm" in name}
+    return compiled(name, kernel, signature(p, kernel), values, target, {"num_warps": 4}, SMALL)
+
+
+def tiles(target: GPUTarget) -> Iterator[dict[str, Any]]:
+    """joined and summed, for every dtype of the low-rank factors, both layouts of a weight, few and many columns of the factors."""
+    blocks = {"BLOCK_M": joined.BLOCK_M, "BLOCK_N": joined.BLOCK_N, "BLOCK_K": joined.BLOCK_K, "GROUP": joined.GROUP, "PROGRAMS": 132}
+    m, n, k = joined.BLOCK_M, joined.BLOCK_N, joined.BLOCK_K
+    for kernel, nk, factors, rank in product(
+        (joined_kernel.joined, joined_kernel.summed), (False, True), (("bf16", "bf16"), ("fp32", "fp32"), ("fp32", "bf16")), (16, joined.CHUNK)
+    ):
+        values = {**blocks, "RANK": rank, "NK": nk}
+        if "NK" not in kernel.arg_names:
+            if nk:
+                continue
+            del values["NK"]
+        shapes = {"x": (m, k), "w": (n, k) if nk else (k, n), "y": (m, n // 2)}
+        types = dict.fromkeys(kernel.arg_names, "i32") | {"a": POINTER[factors[0]], "b": POINTER[factors[1]], "alpha": "fp32"}
+        types |= {a: f"tensordesc<bf16{list(shapes[a[0]])}>" for a in kernel.arg_names if a.rstrip("012") in shapes}
+        types = {a: "constexpr" if a in values else types[a] for a in kernel.arg_names}
+        name = f"{kernel.__name__} {'nk' if nk else 'kn'} {'x'.join(factors)} {rank}"
+        yield compiled(name, kernel, types, values, target, {"num_warps": 8, "num_stages": joined.STAGES}, HOPPER)
+
+
+def compiled(
+    name: str, kernel: Any, types: dict[str, str], values: dict[str, Any], target: GPUTarget, options: dict[str, int], limit: int
+) -> dict[str, Any]:
     constants = {(k,): values[n] for k, n in enumerate(kernel.arg_names) if n in values}
     try:
-        made = triton.compile(ASTSource(fn=kernel, signature=types, constexprs=constants), target=target, options={"num_warps": 4})
+        made = triton.compile(ASTSource(fn=kernel, signature=types, constexprs=constants), target=target, options=options)
     except Exception as error:
         return {"name": name, "ok": False, "error": f"{type(error).__name__}: {error}"[-2000:]}
     binary = "hsaco" if target.backend == "hip" else "cubin"
-    return {"name": name, "ok": binary in made.asm, "shared": made.metadata.shared}
+    return {"name": name, "ok": binary in made.asm, "shared": made.metadata.shared, "limit": limit}
 
 
 def main(backend: str, arch: str, warp: str) -> None:
     torch.set_num_threads(1)
     target = GPUTarget(backend, int(arch) if arch.isdigit() else arch, int(warp))
     for name, p, groups, loop in plans():
-        print(json.dumps(compiled(name, p, groups, loop, target)), flush=True)
+        print(json.dumps(planned(name, p, groups, loop, target)), flush=True)
+    if (backend, arch) == ("cuda", "90"):                                 # they need its copy engine
+        for line in tiles(target):
+            print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":
