@@ -101,12 +101,20 @@ class _Unresizable(Exception):
 
 
 def _smaller(view: GraphView, nodes: Sequence[fx.Node]) -> dict[int, int]:
-    """Large leading sizes, and sizes of vocabularies, with what takes their place. What is a row's length too stays: plans hold those."""
+    """Large leading sizes, and sizes of vocabularies, with what takes their place. What is a row's length too stays: plans hold those.
+
+    Integers for all rows in one dimension (labels, after ``view(-1)``) are as many as the rows then are.
+    """
     found: dict[int, int] = {}
-    shapes = [v.shape for v in map(view.example, nodes) if isinstance(v, Tensor) and v.dim() >= 1]
+    values = [v for v in map(view.example, nodes) if isinstance(v, Tensor) and v.dim() >= 1]
+    flat = {int(v.shape[0]) for v in values if v.dim() == 1 and not v.is_floating_point() and isinstance(v.shape[0], int)}
+    shapes = [v.shape for v in values]
     rows = {s[-1] for s in shapes if isinstance(s[-1], int)}
     for shape in shapes:
         found |= {s: LARGE + s % 64 for s in shape[:-1] if isinstance(s, int) and s > LARGE and s not in rows}
+    if found:
+        leading = [s[:-1] for s in shapes if len(s) > 2 and all(isinstance(n, int) for n in s)]
+        found |= {prod(s): prod(found.get(n, n) for n in s) for s in leading if prod(s) in flat}
     return found
 
 
@@ -162,7 +170,7 @@ def _cuda(view: GraphView, inputs: Sequence[fx.Node]) -> list[int]:
 
 
 def draw(view: GraphView, node: fx.Node, resize: dict[int, int] | None = None, positive: bool = False) -> Any:
-    """A random value like the node's example: normal numbers (or their sizes plus 0.1), zeros and ones, fair booleans."""
+    """A random value like the node's example: normal numbers (or their sizes plus 0.1), integers, fair booleans."""
     example = view.example(node)
     if not isinstance(example, Tensor):
         return _hint(example)
@@ -179,25 +187,32 @@ def draw(view: GraphView, node: fx.Node, resize: dict[int, int] | None = None, p
         memory = torch.randn(span, dtype=example.dtype, device=example.device)
         memory = memory.abs() + 0.1 if positive and not example.dtype.is_complex else memory
     else:
-        memory = torch.randint(0, 1 if _only_row(view, node) else 2, (span,), device=example.device).to(example.dtype)
+        memory = torch.randint(0, _choices(view, node, resize or {}), (span,), device=example.device).to(example.dtype)
     return memory.as_strided(shape, strides)
 
 
-def _only_row(view: GraphView, node: fx.Node) -> bool:
-    """Whether a table of a single row (of token types, say) is looked up by these integers."""
+def _choices(view: GraphView, node: fx.Node, resize: dict[int, int]) -> int:
+    """How many values are drawn from for these integers: the rows of the smallest table that is looked up by them, two where none is.
+
+    With few of many rows drawn, the gradient of a table would be judged by as few.
+    """
+    return _rows(view, node, resize) or 2
+
+
+def _rows(view: GraphView, node: fx.Node, resize: dict[int, int]) -> int | None:
+    found = []
     for user in view.users(node):
         op = view.op(user)
-        if op.kind in ("identity", "reshape", "expand", "cast", "index") and op.args[0] is node and _only_row(view, user):
-            return True
-        if op.kind == "embedding" and node is op.args[0]:
+        rows: Any = None
+        if op.kind in ("identity", "reshape", "expand", "cast", "index") and op.args[0] is node:
+            rows = _rows(view, user, resize)
+        elif op.kind == "embedding" and node is op.args[0]:
             rows = view.value(op.args[1]).shape[0]
         elif op.kind == "gather" and node is op.args[1]:
             rows = view.value(op.args[0]).shape[op.params["dim"]]
-        else:
-            continue
-        if _hint(rows) == 1:
-            return True
-    return False
+        if rows is not None:
+            found.append(_hint(resize.get(rows, rows) if isinstance(rows, int) else rows))
+    return min(found, default=None)
 
 
 def _hint(value: Any) -> Any:

@@ -68,9 +68,8 @@ def tiles(target: GPUTarget) -> Iterator[dict[str, Any]]:
     """joined and summed, for every dtype of the low-rank factors, both layouts of a weight, few and many columns of the factors."""
     blocks = {"BLOCK_M": joined.BLOCK_M, "BLOCK_N": joined.BLOCK_N, "BLOCK_K": joined.BLOCK_K, "GROUP": joined.GROUP, "PROGRAMS": 132}
     m, n, k = joined.BLOCK_M, joined.BLOCK_N, joined.BLOCK_K
-    for kernel, nk, factors, rank in product(
-        (joined_kernel.joined, joined_kernel.summed), (False, True), (("bf16", "bf16"), ("fp32", "fp32"), ("fp32", "bf16")), (16, joined.CHUNK)
-    ):
+    kernels, dtypes = (joined_kernel.joined, joined_kernel.summed), (("bf16", "bf16"), ("fp32", "fp32"), ("fp32", "bf16"))
+    for kernel, nk, factors, rank in product(kernels, (False, True), dtypes, (16, joined.CHUNK)):
         values = {**blocks, "RANK": rank, "NK": nk}
         if "NK" not in kernel.arg_names:
             if nk:

@@ -12,7 +12,7 @@ from slothc.kernels import rowwise_op
 from torch import Tensor
 
 from slothc.capture import found_in
-from slothc.check import check
+from slothc.check import _smaller, check, draw
 from slothc.errors import RegionDropped, VerificationFailed
 from slothc.found import Region
 from slothc.regions import leaves
@@ -68,3 +68,26 @@ def test_a_table_of_one_row_is_looked_up_where_it_has_one() -> None:
         warnings.simplefilter("error", RegionDropped)
         ours = torch.compile(function, backend="sloth")(*given)
     torch.testing.assert_close(ours, function(*given))
+
+
+def test_rows_are_looked_up_all_over_a_table() -> None:
+    """An expert's outputs put back in order: with two rows drawn, two numbers would judge the gradient of the weights."""
+    def function(out: Tensor, weights: Tensor, order: Tensor) -> Tensor:
+        return (out * weights[:, None])[order].view(40, 2, 24).sum(1).square()
+
+    found = found_in(function, (torch.rand(80, 24), torch.rand(80), torch.randperm(80)))
+    order = next(n for n in found.view.nodes if n.op == "placeholder" and found.view.example(n).dtype is torch.int64)
+    assert draw(found.view, order).unique().numel() > 20
+
+
+def test_a_loss_is_checked_on_few_rows_of_a_small_vocabulary() -> None:
+    """In float64 the logits of a large one would be more than the model itself needs."""
+    def function(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(hidden, weight).float().view(-1, 900), labels.view(-1))
+
+    found = found_in(function, (torch.rand(3, 200, 16), torch.rand(900, 16), torch.randint(0, 900, (3, 200))))
+    labels = next(n for n in found.view.nodes if n.target == "view" and found.view.example(n).dtype is torch.int64)
+    inputs = [*(n for n in found.view.nodes if n.op == "placeholder" and found.view.example(n).is_floating_point()), labels]
+    sizes = _smaller(found.view, inputs)
+    assert (sizes[200], sizes[900]) == (72, 68)
+    assert sizes[600] == 3 * sizes[200]
