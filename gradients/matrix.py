@@ -359,6 +359,15 @@ def _repeated(steps: Iterable[Step]) -> frozenset[Pair]:
 
 
 @cache
+def linear_plan(bias: bool = True) -> MatrixPlan:
+    """The linear: Y = X W' + 1 b', with its derived gradients. X [M, K], W [N, K], b [N, 1] if ``bias``."""
+    M, K, N = sp.symbols("M K N", integer=True, positive=True)
+    X, W, b = sp.MatrixSymbol("X", M, K), sp.MatrixSymbol("W", N, K), sp.MatrixSymbol("b", N, 1)
+    Y = X * W.T + sp.OneMatrix(M, 1) * b.T if bias else X * W.T
+    return matrix_plan(Y, [X, W, *([b] if bias else [])])
+
+
+@cache
 def lora_plan(layout: str = "nk", bias: bool = True, shared: bool = True) -> MatrixPlan:
     """The low-rank adapted linear: Y = X W' + 1 b' + s (Xa A') B', with its derived gradients.
 

@@ -1,17 +1,17 @@
-"""Adapted linears that read one value, and the row program that makes it, as one differentiable operation.
+"""Linears that read one value, and the row program that makes it, as one differentiable operation.
 
-    x, more = region(operands),      y_i = x W_i' + s_i (x A_i') B_i'
+    x, more = region(operands),      y_i = x W_i' + s_i (x A_i') B_i'     or     y_i = x W_i' + b_i
 
 x is read by these linears alone, so nobody keeps it: the backward of the region makes it again while it reads the same rows
-(``gradients.remake``), for the gradients of the A_i. Without a region, x is an operand like the others, and kept.
+(``gradients.remake``), for the gradients of the A_i and W_i. Without a region, x is an operand like the others, and kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from slothc.gradients.plan import Plan
@@ -23,7 +23,7 @@ from .lowrank import _rows, _without_autocast, lora_linear
 from .once import once_differentiable
 from .products import LOW, widens
 from .rowwise import launcher
-from .siblings_program import Stacked, stacked
+from .siblings_program import Linear, Stacked, stacked
 from .tracing import traced
 
 _NOTHING: tuple[Tensor, ...] = ()
@@ -31,11 +31,10 @@ _NOTHING: tuple[Tensor, ...] = ()
 
 @dataclass(frozen=True)
 class Siblings:
-    """What is static of a call: the region's plan (None: x is given), and scale and rank of each linear."""
+    """What is static of a call: the region's plan (None: x is given), and the linears."""
 
     plan: Plan | None
-    scales: tuple[float, ...]
-    ranks: tuple[int, ...]
+    linears: tuple[Linear, ...]
 
     @cached_property
     def again(self) -> Remaking | None:
@@ -44,7 +43,7 @@ class Siblings:
 
     @cached_property
     def reads(self) -> int:
-        """The operands before the linears' W, A, B: the region's, or x."""
+        """The operands before the linears' own: the region's, or x."""
         return 1 if self.plan is None else len(self.plan.forward.reads)
 
     @cached_property
@@ -55,17 +54,30 @@ class Siblings:
         assert self.again is not None
         return (*self.plan.saved_operands, *self.again.more)
 
+    @cached_property
+    def base(self) -> tuple[int, ...]:
+        """The numbers of the linears' operands that the gradient of x reads."""
+        names = [(m, name) for m in self.linears for name in m.operands]
+        return tuple(self.reads + k for k, (m, name) in enumerate(names) if name in m.read)
+
+    def each(self, tensors: Sequence[Tensor]) -> Iterator[tuple[Linear, Sequence[Tensor]]]:
+        """Each linear with its operands."""
+        start = self.reads
+        for linear in self.linears:
+            yield linear, tensors[start : start + len(linear.operands)]
+            start += len(linear.operands)
+
     def code(self, like: Tensor) -> Stacked:
-        return stacked(self.scales, self.ranks, like.dtype in LOW and widens(like.device))
+        return stacked(self.linears, like.dtype in LOW and widens(like.device))
 
 
-def call(plan: Plan | None, scales: Sequence[float], ranks: Sequence[int]) -> Callable[..., tuple[Tensor, ...]]:
-    """A function of the region's operands, or x, and then W [N, K], A [r, K], B [N, r] of each linear. It returns the y of each and then
-    the region's other results.
+def call(plan: Plan | None, linears: Sequence[Linear]) -> Callable[..., tuple[Tensor, ...]]:
+    """A function of the region's operands, or x, and then the operands of each linear (``Linear.operands``). It returns the y of each and
+    then the region's other results.
 
-    W is frozen, everything is of one dtype. Raises ValueError for a region without a backward.
+    The W of an adapted linear is frozen, everything is of one dtype. Raises ValueError for a region without a backward.
     """
-    static = Siblings(plan, tuple(scales), tuple(ranks))
+    static = Siblings(plan, tuple(linears))
     if plan is not None:
         if static.again is None:
             raise ValueError("siblings: the region has no backward that makes its result again")
@@ -78,7 +90,7 @@ def call(plan: Plan | None, scales: Sequence[float], ranks: Sequence[int]) -> Ca
             return _Siblings.apply(static, *tensors)
         return _forward(static, tensors)[0]
 
-    run.__name__ = f"siblings_{len(static.scales)}{'' if plan is None else '_' + plan.key}"
+    run.__name__ = f"siblings_{len(static.linears)}{'' if plan is None else '_' + plan.key}"
     return run
 
 
@@ -86,11 +98,20 @@ def _apart(s: Siblings, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The same as operations that another compiler can trace."""
     made: Any = tensors[0] if s.plan is None else rowwise_op.call(s.plan)(*tensors[: s.reads])
     x, *more = made if isinstance(made, tuple) else (made,)
-    each = zip(*(tensors[s.reads + k :: 3] for k in range(3)))
-    return (*(lora_linear(x, None, w, None, a, b, scale) for scale, (w, a, b) in zip(s.scales, each)), *more)
+    return (*(_one(x, linear, own) for linear, own in s.each(tensors)), *more)
 
 
-def _forward(s: Siblings, tensors: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor, Tensor, Tensor]:
+def _one(x: Tensor, linear: Linear, own: Sequence[Tensor]) -> Tensor:
+    if not linear.rank:
+        return torch.nn.functional.linear(x, *own)
+    w, a, b = own
+    return lora_linear(x, None, w, None, a, b, linear.scale)
+
+
+_Forward: TypeAlias = tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor, Tensor | None, Tensor | None]
+
+
+def _forward(s: Siblings, tensors: Sequence[Tensor]) -> _Forward:
     """(results, what the region keeps, x as rows, T, stacked A)."""
     if s.plan is None:
         x, more, stored = tensors[0], _NOTHING, _NOTHING
@@ -110,8 +131,7 @@ class _Siblings(torch.autograd.Function):
         results, stored, rows, t, a = _forward(s, tensors)
         ctx.s, ctx.stored, ctx.lead = s, len(stored), results[0].shape[:-1]
         kept = [tensors[k] for k in s.kept] if s.plan is not None else [rows]
-        base = [tensors[s.reads + k] for k in range(len(tensors) - s.reads) if k % 3 != 1]
-        ctx.save_for_backward(*kept, *stored, t, a, *base)
+        ctx.save_for_backward(*kept, *stored, t, a, *(tensors[k] for k in s.base))
         ctx.shape = tensors[0].shape
         ctx.tables = {} if s.plan is None else rowwise_op.tables(s.plan, tensors)
         return results
@@ -120,21 +140,19 @@ class _Siblings(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         s: Siblings = ctx.s
-        count = len(s.scales)
+        count = len(s.linears)
         saved, held = ctx.saved_tensors, len(s.kept) + ctx.stored            # read once: a checkpoint gives them out once
         kept, (t, a, *base) = saved[:held], saved[held:]
         gs = [_rows(g) for g in gradients[:count]]
-        code = s.code(t)
+        code = s.code(gs[0])
         found: list[Tensor | None] = [None] * (s.reads + 1)
-        with _without_autocast(t.device):
+        with _without_autocast(gs[0].device):
             dx, u = code.towards(*gs, *base, a)
             if s.plan is None:
                 x, found[1] = kept[0], dx.view(ctx.shape)
             else:
                 x = _region_backward(ctx, s, kept, [dx.view(*ctx.lead, dx.shape[1]), *gradients[count:]], found)
-            pairs = code.weights(*gs, x, t, u)
-        each = [(None, pairs[2 * k], pairs[2 * k + 1]) for k in range(count)]
-        return (*found, *(g for linear in each for g in linear))
+            return (*found, *code.weights(*gs, x, t, u))
 
 
 def _region_backward(ctx: Any, s: Siblings, kept: Sequence[Tensor], gradients: Sequence[Tensor], found: list[Tensor | None]) -> Tensor:

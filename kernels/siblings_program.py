@@ -1,6 +1,7 @@
-"""Adapted linears that read one x as one program: ``gradients.matrix.lora_plan`` for each, what they share done once.
+"""Linears that read one x as one program: ``gradients.matrix.linear_plan`` or ``lora_plan`` for each, what they share done once.
 
-The plan of one linear is written out for all of them. A product whose other factor is x stands once, over the linears' factors stacked:
+The plan of one linear is written out for all of them. A product of adapters whose other factor is x stands once, over the linears' factors
+stacked:
 
     [T_1 T_2 ..] = X [A_1; A_2; ..]',      [dA_1; dA_2; ..] = [s_1 U_1 s_2 U_2 ..]' X,
 
@@ -12,25 +13,54 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import Any
 
 import sympy as sp
 import torch
-from slothc.gradients.matrix import Factor, Term, lora_plan
+from slothc.gradients.matrix import Factor, MatrixPlan, Step, Term, linear_plan, lora_plan
 
 from .joined import joined
 from .products import rounded
 from .summed import summed
 
 X = "X"
-OWN = ("W", "A", "B")
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One of them: scale and rank of its adapter (rank 0: it has none); without an adapter it may have a bias and may be trained."""
+
+    scale: float = 1.0
+    rank: int = 0
+    trained: bool = False
+    bias: bool = False
+
+    @property
+    def operands(self) -> tuple[str, ...]:
+        """What it reads besides x: W [N, K], A [r, K], B [N, r], or W and b [N]."""
+        return ("W", "A", "B") if self.rank else ("W", "b") if self.bias else ("W",)
+
+    @property
+    def read(self) -> tuple[str, ...]:
+        """Those that the gradient of x reads."""
+        return ("W", "B") if self.rank else ("W",)
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """Those that have a gradient."""
+        return ("A", "B") if self.rank else self.operands if self.trained else ()
+
+    @property
+    def plan(self) -> MatrixPlan:
+        return lora_plan("nk", False, True) if self.rank else linear_plan(self.bias)
 
 
 @dataclass(frozen=True)
 class Stacked:
-    """``forward(X, (W, A, B) of each) -> (Y of each, T, A)``, ``towards(G of each, (W, B) of each, A) -> (dX, U)``,
-    ``weights(G of each, X, T, U) -> ((dA, dB) of each)``; matrices of one dtype, ``source`` what they are.
+    """``forward(X, operands of each) -> (Y of each, T, A)``, ``towards(G of each, what is read of each, A) -> (dX, U)``,
+    ``weights(G of each, X, T, U) -> gradients of the operands of each, None where none is wanted``; T, A and U are None without an
+    adapter. Matrices are of one dtype, ``source`` what is run.
     """
 
     forward: Callable[..., tuple[Any, ...]]
@@ -40,75 +70,85 @@ class Stacked:
 
 
 @cache
-def stacked(scales: tuple[float, ...], ranks: tuple[int, ...], wide: bool) -> Stacked:
-    """The program for linears with these scales and ranks. ``wide``: sums over tokens leave the GEMM in fp32 and are rounded after."""
-    text = _Text(scales, ranks, wide)
+def stacked(linears: tuple[Linear, ...], wide: bool) -> Stacked:
+    """The program for these linears. ``wide``: an adapter's sums over tokens leave the GEMM in fp32 and are rounded after."""
+    text = _Text(linears, wide)
     source = "\n".join([*text.forward(), *text.towards(), *text.weights()])
-    space: dict[str, Any] = {"mm": torch.mm, "cat": torch.cat, "float32": torch.float32}
+    space: dict[str, Any] = {"mm": torch.mm, "addmm": torch.addmm, "cat": torch.cat, "float32": torch.float32}
     space |= {"joined": joined, "summed": summed, "rounded": rounded}
-    exec(compile(source, f"<{len(scales)} adapted linears>", "exec"), space)
+    exec(compile(source, f"<{len(linears)} linears>", "exec"), space)
     return Stacked(space["forward"], space["towards"], space["weights"], source)
 
 
 class _Text:
-    """The source, made from the plan of one linear, W [N, K] frozen and without bias."""
+    """The source, made from the plan of each linear, W [N, K]."""
 
-    def __init__(self, scales: Sequence[float], ranks: Sequence[int], wide: bool) -> None:
-        self.plan, self.scales, self.wide = lora_plan("nk", False, True), scales, wide
-        self.each = range(len(scales))
-        ends = [0, *accumulate(ranks)]
+    def __init__(self, linears: Sequence[Linear], wide: bool) -> None:
+        self.linears, self.wide = dict(enumerate(linears)), wide
+        ranks = [m.rank for m in linears]
+        self.columns = [f"{end - r}:{end}" for r, end in zip(ranks, accumulate(ranks))]
         self.aligned = all(r % 8 == 0 for r in ranks)                      # cuBLAS rounds twice into columns at odd addresses (H100)
-        self.columns = [f"{a}:{b}" for a, b in pairwise(ends)]
-        self.inner, self.result = self.plan.forward
-        backward = self.plan.backward_for((X, "A", "B"))
-        made = {name: step for name, step in self.plan.gradients}
-        self.dx, self.da, self.db = (next(s for s in backward if s.name == made[o]) for o in (X, "A", "B"))
-        self.back = next(s for s in backward if s not in (self.dx, self.da, self.db))
-        self._known()
-
-    def _known(self) -> None:
-        """Raises ValueError where the plan has another form than what is stacked here."""
-        t, u = Factor(self.inner.name), Factor(self.back.name)
-        stacks = self.inner.terms[0].factors == (Factor(X), Factor("A", True)) and self.da.terms[0].factors == (u.t, Factor(X))
-        sums = [f.left for f in self.result.terms] == [t, Factor(X)] and [f.left for f in self.dx.terms] == [u, Factor("G")]
-        scaled = self.dx.terms[0].coefficient == self.da.terms[0].coefficient == sp.Symbol("s", real=True)
-        if not (stacks and sums and scaled and self.dx.terms[0].right == Factor("A") and len(self.plan.saved) == 1):
-            raise ValueError("stacked: the plan of an adapted linear has another form")
+        self.adapted = [k for k, m in self.linears.items() if m.rank]
+        self.of = [_Steps(m) for m in linears]
+        for steps in self.of:
+            steps.known()
 
     def forward(self) -> list[str]:
-        arguments = [X, *(f"{name}{k}" for k in self.each for name in OWN)]
-        t = self.inner.name
-        lines = [f"def forward({', '.join(arguments)}):", f"    A = {self._rows('A')}", f"    {t} = mm(X, A.t())", f"    # {self.inner}"]
-        for k in self.each:
-            low, base = self.result.terms
-            lines.append(f"    Y{k} = joined({self._pair(low, k)}, {self._number(low, k)}, {self._pair(base, k)})")
-        return [*lines, f"    # {self.result}", f"    return {', '.join(f'Y{k}' for k in self.each)}, {t}, A"]
+        arguments = [X, *(f"{name}{k}" for k, m in self.linears.items() for name in m.operands)]
+        lines, stacked_a = [f"def forward({', '.join(arguments)}):", "    T = A = None"], self._rows("A")
+        if self.adapted:
+            lines = [lines[0], f"    A = {stacked_a}", "    T = mm(X, A.t())", f"    # {self.of[self.adapted[0]].inner}"]
+        for k, m in self.linears.items():
+            *others, base = self.of[k].result.terms
+            if m.rank:
+                lines.append(f"    Y{k} = joined({self._pair(others[0], k)}, {self._number(others[0], k)}, {self._pair(base, k)})")
+            else:
+                lines.append(f"    Y{k} = {f'addmm(b{k}, ' if m.bias else 'mm('}{self._pair(base, k)})")
+            lines.append(f"    # {self.of[k].result}")
+        return [*lines, f"    return {', '.join(f'Y{k}' for k in self.linears)}, T, A"]
 
     def _rows(self, name: str) -> str:
-        return f"{name}0" if len(self.each) == 1 else f"cat(({', '.join(f'{name}{k}' for k in self.each)}))"
+        found = [f"{name}{k}" for k in self.adapted]
+        return found[0] if len(found) == 1 else f"cat(({', '.join(found)}))"
 
     def towards(self) -> list[str]:
-        arguments = [*(f"G{k}" for k in self.each), *(f"{name}{k}" for k in self.each for name in ("W", "B")), "A"]
-        u = self.back.name
-        lines = [f"def towards({', '.join(arguments)}):"]
-        if self.aligned:
-            lines.append(f"    {u} = G0.new_empty(G0.shape[0], A.shape[0])")
-        for k in self.each:                                               # s U, as both of its readers want it
-            into = f"{u}[:, {self.columns[k]}]" if self.aligned else f"G0.new_empty(G0.shape[0], B{k}.shape[1])"
-            made = f"{into}.addmm_({self._pair(self.back.terms[0], k)}, beta=0, alpha={self.scales[k]!r})"
-            lines.append(f"    {made}" if self.aligned else f"    {u}{k} = {made}")
+        arguments = [*(f"G{k}" for k in self.linears), *(f"{name}{k}" for k, m in self.linears.items() for name in m.read), "A"]
+        lines = [f"def towards({', '.join(arguments)}):", *(self._back() if self.adapted else ["    U = None"])]
+        pairs = [self._pair(self.of[k].dx.terms[-1], k) for k in self.linears]
+        if self.adapted:
+            lines.append(f"    dX = summed(({', '.join(f'({p})' for p in pairs)},), U, A)")
+        else:
+            lines += [f"    dX = mm({pairs[0]})", *(f"    dX.addmm_({p})" for p in pairs[1:])]
+        notes = dict.fromkeys(f"    # {s.dx}" for s in self.of)
+        return [*lines, *notes, "    return dX, U"]
+
+    def _back(self) -> list[str]:
+        """U = s G B of each adapter: scaled as both of its readers want it."""
+        lines = [f"    U = G{self.adapted[0]}.new_empty(G{self.adapted[0]}.shape[0], A.shape[0])"] if self.aligned else []
+        for k in self.adapted:
+            into = f"U[:, {self.columns[k]}]" if self.aligned else f"G{k}.new_empty(G{k}.shape[0], B{k}.shape[1])"
+            made = f"{into}.addmm_({self._pair(self.of[k].back.terms[0], k)}, beta=0, alpha={self.linears[k].scale!r})"
+            lines.append(f"    {made}" if self.aligned else f"    U{k} = {made}")
         if not self.aligned:
-            lines.append(f"    {u} = cat(({', '.join(f'{u}{k}' for k in self.each)},), 1)")
-        pairs = ", ".join(f"({self._pair(self.dx.terms[1], k)})" for k in self.each)
-        return [*lines, f"    # {self.back}", f"    dX = summed(({pairs},), {u}, A)", f"    # {self.dx}", f"    return dX, {u}"]
+            lines.append(f"    U = cat(({', '.join(f'U{k}' for k in self.adapted)},), 1)")
+        return [*lines, f"    # {self.of[self.adapted[0]].back}"]
 
     def weights(self) -> list[str]:
-        u, t = self.back.name, self.inner.name
-        lines = [f"def weights({', '.join(f'G{k}' for k in self.each)}, X, {t}, {u}):"]
-        lines += [f"    dA = {self._sum(f'{u}.t(), X', '1')}", f"    # {self.da}"]
-        lines += [f"    dB{k} = {self._sum(self._pair(self.db.terms[0], k), self._number(self.db.terms[0], k))}" for k in self.each]
-        found = ", ".join(f"dA[{self.columns[k]}], dB{k}" for k in self.each)
-        return [*lines, f"    # {self.db}", f"    return {found},"]
+        lines = [f"def weights({', '.join(f'G{k}' for k in self.linears)}, X, T, U):"]
+        if self.adapted:
+            lines += [f"    dA = {self._sum('U.t(), X', '1')}", f"    # {self.of[self.adapted[0]].da}"]
+        found = []
+        for k, m in self.linears.items():
+            steps = self.of[k].gradients
+            for name in m.operands:
+                found.append(f"d{name}{k}" if name in m.wanted and name != "A" else f"dA[{self.columns[k]}]" if name == "A" else "None")
+            if m.rank:
+                db = steps["B"]
+                lines += [f"    dB{k} = {self._sum(self._pair(db.terms[0], k), self._number(db.terms[0], k))}", f"    # {db}"]
+            elif m.trained:
+                lines += [f"    dW{k} = mm({self._pair(steps['W'].terms[0], k)})", f"    # {steps['W']}"]
+                lines += [f"    db{k} = G{k}.sum(0)", f"    # {steps['b']}"] if m.bias else []
+        return [*lines, f"    return {', '.join(found)},"]
 
     def _sum(self, pair: str, scale: str) -> str:
         """A product that sums over tokens."""
@@ -122,11 +162,41 @@ class _Text:
 
     def _spell(self, factor: Factor, k: int) -> str:
         name = factor.name
-        if name in (self.inner.name, self.back.name):
+        if name in ("T", "U"):
             name = f"{name}[:, {self.columns[k]}]"
         elif name != X:
             name = f"{name}{k}"
         return f"{name}.t()" if factor.transposed else name
 
     def _number(self, term: Term, k: int) -> str:
-        return repr(float(term.coefficient.subs(sp.Symbol("s", real=True), self.scales[k])))
+        return repr(float(term.coefficient.subs(sp.Symbol("s", real=True), self.linears[k].scale)))
+
+
+class _Steps:
+    """The steps of one linear's plan, by what they make."""
+
+    def __init__(self, linear: Linear) -> None:
+        self.linear, plan = linear, linear.plan
+        self.inner, self.result = (plan.forward[0], plan.forward[-1])
+        backward = plan.backward_for((X, *(linear.wanted if linear.rank else linear.operands)))
+        made = dict(plan.gradients)
+        self.gradients = {name: next((s for s in backward if s.name == made.get(name)), None) for name in (X, *linear.operands)}
+        self.dx, self.da = self.gradients[X], self.gradients.get("A")
+        self.back = next((s for s in backward if s not in self.gradients.values()), None)
+
+    def known(self) -> None:
+        """Raises ValueError where the plan has another form than what is written out here."""
+        g, x, w = Factor("G"), Factor(X), Factor("W")
+        if self.linear.rank:
+            t, u, s = Factor("T"), Factor("U"), sp.Symbol("s", real=True)
+            fits = self.inner.terms[0].factors == (x, Factor("A", True)) and self.da.terms[0].factors == (u.t, x)
+            fits &= [f.left for f in self.result.terms] == [t, x] and [f.left for f in self.dx.terms] == [u, g]
+            fits &= self.dx.terms[0].coefficient == self.da.terms[0].coefficient == s and self.dx.terms[0].right == Factor("A")
+            fits &= len(self.linear.plan.saved) == 1
+        else:
+            ones = [(Factor("1"), Factor("b", True))] if self.linear.bias else []
+            fits = [f.factors for f in self.result.terms] == [*ones, (x, w.t)] and [f.factors for f in self.dx.terms] == [(g, w)]
+            fits &= self.gradients["W"].terms[0].factors == (g.t, x)
+            fits &= not ones or self.gradients["b"].terms[0].factors == (g.t, Factor("1"))
+        if not fits:
+            raise ValueError("stacked: the plan of a linear has another form")

@@ -1,12 +1,12 @@
-"""Adapted linears that read one value, and the region that makes it: one operation (``kernels.siblings``).
+"""Linears that read one value, and the region that makes it: one operation (``kernels.siblings``).
 
-What several linears read meets a stacked product once, their gradients of it are summed in one accumulator, and where nobody else reads
-it, it is not kept for the backward but made again by the region's own.
+What several adapted linears read meets a stacked product once, their gradients of it are summed in one accumulator, and where only linears
+read it, it is not kept for the backward but made again by the region's own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ from torch import fx
 from slothc.gradients.remake import remaking
 from slothc.kernels import siblings
 from slothc.kernels.products import native
+from slothc.kernels.siblings_program import Linear
 from slothc.patterns.lora_linear import NAME
 from slothc.patterns.rule import Match
 
@@ -23,60 +24,108 @@ from .view import GraphView
 
 
 @dataclass(frozen=True)
+class Reader:
+    """A linear of ``x``: ``node`` is its result, ``nodes`` what computes it, ``operands`` what it reads besides x. ``match``: its adapter's."""
+
+    x: fx.Node
+    node: fx.Node
+    nodes: tuple[fx.Node, ...]
+    operands: tuple[fx.Node, ...]
+    linear: Linear
+    match: Match | None = None
+
+
+@dataclass(frozen=True)
 class Block:
-    """``matches`` read ``x``, in the graph's order; ``region`` makes it for them alone, or is None."""
+    """``readers`` read ``x``, in the graph's order; ``region`` makes it for them alone, or is None."""
 
     region: Region | None
-    matches: tuple[Match, ...]
+    readers: tuple[Reader, ...]
     x: fx.Node
+
+    @property
+    def matches(self) -> tuple[Match, ...]:
+        return tuple(r.match for r in self.readers if r.match is not None)
 
     @property
     def rule(self) -> str:
         """The name for messages."""
-        return f"{self.region.rule}+{NAME}" if self.region else NAME
+        name = NAME if self.matches else "linear"
+        return f"{self.region.rule}+{name}" if self.region else name
 
     @property
     def members(self) -> tuple[Region | Match, ...]:
         return (*([self.region] if self.region else []), *self.matches)
 
     @property
+    def linears(self) -> tuple[Linear, ...]:
+        return tuple(r.linear for r in self.readers)
+
+    @property
     def operands(self) -> tuple[fx.Node, ...]:
         """The arguments of ``call``."""
         first = self.region.operands if self.region else (self.x,)
-        return (*first, *(m.inputs[k] for m in self.matches for k in ("weight", "a", "b")))
+        return (*first, *(n for r in self.readers for n in r.operands))
 
     @property
     def results(self) -> tuple[fx.Node, ...]:
         """The nodes whose values ``call`` returns, in its order."""
         more = self.region.cone.results[1:] if self.region else ()
-        return (*(m.node for m in self.matches), *more)
+        return (*(r.node for r in self.readers), *more)
 
     @property
     def place(self) -> fx.Node:
         """Where the call stands: before this node everything it reads is known."""
-        return self.region.cone.results[-1] if self.region else self.matches[0].node
+        return self.region.cone.results[-1] if self.region else self.readers[0].node
 
-    def call(self, view: GraphView) -> Callable[..., tuple[torch.Tensor, ...]]:
-        ranks = [int(view.value(m.inputs["a"]).shape[0]) for m in self.matches]
-        return siblings.call(self.region.plan if self.region else None, [m.inputs["scale"] for m in self.matches], ranks)
+    def call(self) -> Callable[..., tuple[torch.Tensor, ...]]:
+        return siblings.call(self.region.plan if self.region else None, self.linears)
 
 
 def blocks(view: GraphView, items: Sequence[Region | Match]) -> list[Block]:
-    """The blocks that ``items`` form; an item is in one at most."""
+    """The blocks that ``items``, and linears that are in none of them, form; an item is in one at most."""
     order = {n: k for k, n in enumerate(view.nodes)}
     makers = {i.cone.sink: i for i in items if isinstance(i, Region) and _remade(i)}
-    readers: dict[tuple[fx.Node, bool], list[Match]] = {}
+    readers: dict[tuple[fx.Node, bool], list[Reader]] = {}
+    for reader in (*_adapted(view, items), *_plain(view, items)):
+        readers.setdefault((view.source(reader.x), view.grad_enabled(reader.node)), []).append(reader)
+    found: list[Block] = []
+    for (x, _), those in readers.items():
+        those = sorted(those, key=lambda r: order[r.node])
+        adapted = [r for r in those if r.match]
+        candidates = [Block(makers[x], tuple(those), x)] if x in makers and any(r.linear.wanted for r in those) else []
+        candidates += [Block(None, tuple(adapted), adapted[0].x)] if len(adapted) > 1 else []
+        found += [b for b in candidates if (not b.region or _alone(view, x, those)) and _known(view, b, order)][:1]
+    return found
+
+
+def _adapted(view: GraphView, items: Sequence[Region | Match]) -> Iterator[Reader]:
     for item in items:
         if isinstance(item, Match) and _stacks(view, item):
-            readers.setdefault((item.inputs["x"], view.grad_enabled(item.node)), []).append(item)
-    found: list[Block] = []
-    for (x, _), matches in readers.items():
-        matches = sorted(matches, key=lambda m: order[m.node])
-        whole = Block(makers.get(view.source(x)), tuple(matches), x)
-        candidates = [whole] if whole.region and _alone(view, whole.region.cone.sink, matches) else []
-        candidates += [Block(None, whole.matches, x)] if len(matches) > 1 else []
-        found += [b for b in candidates if _known(view, b, order)][:1]
-    return found
+            w, a, b = (item.inputs[k] for k in ("weight", "a", "b"))
+            linear = Linear(item.inputs["scale"], int(view.value(a).shape[0]))
+            yield Reader(item.inputs["x"], item.node, item.nodes, (w, a, b), linear, item)
+
+
+def _plain(view: GraphView, items: Sequence[Region | Match]) -> Iterator[Reader]:
+    """Linears [N, K] that are part of no item, of one dtype that the device multiplies."""
+    taken = {n for i in items for n in (i.nodes if isinstance(i, Match) else i.cone.nodes)}
+    for node in view.nodes:
+        op = view.op(node)
+        if op.kind != "linear" or node in taken or op.params["layout"] != "nk" or not all(a is None or isinstance(a, fx.Node) for a in op.args):
+            continue
+        x, weight, bias = op.args
+        own = (weight, bias) if bias is not None else (weight,)
+        if view.value(weight).dim() == 2 and _native(view, (x, *own, node)) and view.value(node).shape[:-1] == view.value(x).shape[:-1]:
+            trained = any(map(view.needs_grad, own))
+            yield Reader(x, node, (node,), own, Linear(trained=trained, bias=bias is not None))
+
+
+def _native(view: GraphView, nodes: Sequence[fx.Node]) -> bool:
+    """Whether these are of one dtype that the device multiplies, outside autocast, and nobody writes into them (the last is the result)."""
+    values = [view.value(n) for n in nodes]
+    same = len({v.dtype for v in values}) == 1 and native(values[0].device.type, values[0].dtype)
+    return same and not any(map(view.mutated, nodes[:-1])) and not torch._C._is_any_autocast_enabled()
 
 
 def _remade(region: Region) -> bool:
@@ -90,18 +139,17 @@ def _stacks(view: GraphView, match: Match) -> bool:
     if match.inputs["more"] or any(match.inputs[k] is not None for k in ("xa", "bias", "c", "factor")):
         return False
     x, weight, a, b = (match.inputs[k] for k in ("x", "weight", "a", "b"))
-    dtypes = {view.value(n).dtype for n in (x, weight, a, b, match.node)} | {match.attrs["adapter_dtype"], match.attrs["out_dtype"]}
-    value = view.value(x)
+    dtype = view.value(x).dtype
     return (
-        len(dtypes - {None}) == 1 and native(value.device.type, value.dtype) and not any(map(view.mutated, (x, weight, a, b)))
+        _native(view, (x, weight, a, b, match.node)) and {match.attrs["adapter_dtype"], match.attrs["out_dtype"]} <= {dtype, None}
         and view.needs_grad(a) and view.needs_grad(b) and not view.needs_grad(weight)
-        and view.value(match.node).shape[:-1] == value.shape[:-1] and not torch._C._is_any_autocast_enabled()
+        and view.value(match.node).shape[:-1] == view.value(x).shape[:-1]
     )  # fmt: skip
 
 
-def _alone(view: GraphView, x: fx.Node, matches: Sequence[Match]) -> bool:
-    """Whether nobody but the matches reads ``x``, identities passed over."""
-    inside = {n for m in matches for n in m.nodes}
+def _alone(view: GraphView, x: fx.Node, readers: Sequence[Reader]) -> bool:
+    """Whether nobody but these reads ``x``, identities passed over."""
+    inside = {n for r in readers for n in r.nodes}
     waiting = [x]
     while waiting:
         for user in view.users(waiting.pop()):

@@ -158,9 +158,9 @@ def _block_job(view: GraphView, block: Block) -> _Job:
     given = list(dict.fromkeys(block.operands))
     place = [given.index(n) for n in block.operands]
     nodes = {n for r in block.results for n in _between(r, set(given))}
-    call, device = block.call(view), view.value(block.x).device
+    call, device = block.call(), view.value(block.x).device
     text = " ".join(f"{_widths(view, n)}{view.value(n).dtype}{view.needs_grad(n)}" for n in block.operands)
-    key = f"{block.rule} {block.region.plan.key if block.region else ''} {[m.inputs['scale'] for m in block.matches]} {text} {device}"
+    key = f"{block.rule} {block.region.plan.key if block.region else ''} {block.linears} {text} {device}"
     return _Job(key, device, list(nodes), given, block.results, lambda *values: call(*(values[k] for k in place)))
 
 
@@ -231,7 +231,7 @@ class _Splice:
         alone = [i for i in result.used if i not in members]
         bound = [bind.calls(i) if isinstance(i, Match) else [] for i in alone]     # functions cut out of the graph as it still is
         for block in result.blocks:
-            self.calls(block.place, block.call(self.view), block.operands, block.results)
+            self.calls(block.place, block.call(), block.operands, block.results)
         for item, found in zip(alone, bound):
             if isinstance(item, Region):
                 self.region(item)

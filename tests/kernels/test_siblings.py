@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from contract import Errors, cast, compare, run
 from slothc.kernels import joined, siblings, summed
 from slothc.kernels.products import native
-from slothc.kernels.siblings_program import stacked
+from slothc.kernels.siblings_program import Linear, stacked
 from torch import Tensor
 
 from slothc.capture import region_of
@@ -19,6 +19,10 @@ from slothc.capture import region_of
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [d for d in (torch.float32, torch.bfloat16) if native(DEVICE, d)]
 WIDTHS, RANKS, SCALES = (16, 24, 8, 40), (4, 8, 4, 3), (1.0, 0.5, 2.0, 0.25)
+
+
+def adapted(count: int) -> list[Linear]:
+    return [Linear(s, r) for s, r in zip(SCALES[:count], RANKS)]
 
 
 def gated(gate: Tensor, up: Tensor) -> Tensor:
@@ -70,11 +74,48 @@ def frozen(f: Callable[..., Any], operands: int) -> Callable[..., Any]:
 def test_contract(name: str, count: int, dtype: torch.dtype, rows: tuple[int, ...]) -> None:
     region, operands, whole = forms(count)[name]
     plan = region_of(region, cast(draw(operands, 0), dtype, DEVICE), dtype).plan if region else None
-    ours, errors = frozen(siblings.call(plan, SCALES[:count], RANKS[:count]), operands), Errors()
+    ours, errors = frozen(siblings.call(plan, adapted(count)), operands), Errors()
     torch.manual_seed(2)
     eager = frozen(whole, operands)
     arguments = lambda: cast(draw(operands, count, rows), dtype, DEVICE)  # noqa: E731
     errors.over(lambda: compare(errors, lambda a, g: run(ours, a, g).values, eager, arguments()))
+
+
+MIXED = (Linear(0.5, 4), Linear(), Linear(trained=True), Linear(trained=True, bias=True), Linear(2.0, 8), Linear(bias=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("linears", [MIXED, MIXED[2:4], MIXED[3:4], MIXED[1:3], MIXED[:2]], ids=lambda m: f"{len(m)} {m[0].rank}")
+@pytest.mark.parametrize("name", ["given", "gated", "norm of a sum that goes on"])
+def test_plain_linears_beside_adapted_ones(name: str, linears: tuple[Linear, ...], dtype: torch.dtype) -> None:
+    """Trained or frozen, with a bias or without one."""
+    region, operands, _ = forms(1)[name]
+    plan = region_of(region, cast(draw(operands, 0), dtype, DEVICE), dtype).plan if region else None
+    sizes = {"W": (24, 32), "A": (4, 32), "B": (24, 4), "b": (24,)}
+    shapes = [(m, name, tuple(m.rank if d == 4 else d for d in sizes[name])) for m in linears for name in m.operands]
+
+    def held(tensors: Sequence[Tensor]) -> list[Tensor]:
+        return [t if name in m.wanted else t.detach() for t, (m, name, _) in zip(tensors, shapes)]
+
+    def whole(*tensors: Tensor) -> tuple[Tensor, ...]:
+        made = region(*tensors[:operands]) if region else tensors[0]
+        x, *more = made if isinstance(made, tuple) else (made,)
+        own, results = iter(held(tensors[operands:])), []
+        for m in linears:
+            if m.rank:
+                w, a, b = next(own), next(own), next(own)
+                results.append(F.linear(x, w) + m.scale * F.linear(F.linear(x, a), b))
+            else:
+                results.append(F.linear(x, *(next(own) for _ in m.operands)))
+        return (*results, *more)
+
+    def made() -> list[Tensor]:
+        flat = [torch.randn(s, dtype=torch.float64) / s[-1] ** 0.5 for _, _, s in shapes]
+        return cast([torch.randn(2, 5, 32, dtype=torch.float64) for _ in range(operands)] + flat, dtype, DEVICE)
+
+    call, errors = siblings.call(plan, linears), Errors()
+    ours = lambda *t: call(*t[:operands], *held(t[operands:]))  # noqa: E731
+    errors.over(lambda: compare(errors, lambda a, g: run(ours, a, g).values, whole, made()))
 
 
 def test_x_is_not_kept() -> None:
@@ -83,7 +124,7 @@ def test_x_is_not_kept() -> None:
     tensors = [t.requires_grad_() for t in cast(draw(2, 2), torch.float32, DEVICE)]
     saved: list[tuple[int, ...]] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
-        siblings.call(plan, SCALES[:2], RANKS[:2])(*tensors)
+        siblings.call(plan, adapted(2))(*tensors)
     assert sorted(s for s in saved if s[-1:] == (32,) and len(s) == 3) == [(2, 5, 32)] * 2
     assert (10, 12) in saved
 
@@ -97,13 +138,14 @@ def test_a_region_without_a_backward_is_refused() -> None:
 
     found = find(GraphView(captured(added_norm, arguments)), Options())
     with pytest.raises(ValueError, match="no backward"):
-        siblings.call(found.regions[0].plan, SCALES[:1], RANKS[:1])
+        siblings.call(found.regions[0].plan, adapted(1))
 
 
 def test_the_program_is_the_derived_plan() -> None:
     """Every line that multiplies stands over the equation it comes from."""
-    text = stacked(SCALES[:2], RANKS[:2], False).source
-    for equation in ("T = X A'", "Y = s T B' + X W'", "U = G B", "dX = s U A + G W", "dA = s U' X", "dB = s G' T"):
+    text = stacked((*adapted(2), Linear(trained=True, bias=True)), False).source
+    for equation in ("Y = 1 b' + X W'", "dX = G W", "dW = G' X", "db = G' 1",
+                     "T = X A'", "Y = s T B' + X W'", "U = G B", "dX = s U A + G W", "dA = s U' X", "dB = s G' T"):
         assert f"# {equation}" in text
 
 
