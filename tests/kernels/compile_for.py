@@ -13,10 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
 import torch
 import triton
+from compile_scores import kernels
 from contract import case
 from forms import FORMS
 from slothc.gradients.plan import Pass
@@ -60,13 +61,22 @@ def compiled(name: str, p: Pass, groups: triton_source.Groups, loop: bool, targe
     kernel = cache.load("compile_for", triton_source.source(p, groups, loop)).kernel
     types = signature(p, kernel)
     values = {"BLOCK_R": 1 if loop else 2, "BLOCK_L": 1024 if loop else 64, "WIDE": "layer_norm" in name}
+    return built(name, kernel, types, values, {"num_warps": 4}, 48 << 10, target)
+
+
+def built(
+    name: str, kernel: Any, types: dict[str, str], values: dict[str, Any], options: dict[str, Any], limit: int, target: GPUTarget
+) -> dict[str, Any]:
+    """``limit``: bytes of shared memory that it may take."""
     constants = {(k,): values[n] for k, n in enumerate(kernel.arg_names) if n in values}
+    aligned = {(k,): [["tt.divisibility", 16]] for k, n in enumerate(kernel.arg_names) if types[n].startswith("*") or n.startswith("s")}
     try:
-        made = triton.compile(ASTSource(fn=kernel, signature=types, constexprs=constants), target=target, options={"num_warps": 4})
+        source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
+        made = triton.compile(source, target=target, options=options)
     except Exception as error:
         return {"name": name, "ok": False, "error": f"{type(error).__name__}: {error}"[-2000:]}
     binary = "hsaco" if target.backend == "hip" else "cubin"
-    return {"name": name, "ok": binary in made.asm, "shared": made.metadata.shared}
+    return {"name": name, "ok": binary in made.asm, "shared": made.metadata.shared, "limit": limit}
 
 
 def main(backend: str, arch: str, warp: str) -> None:
@@ -74,6 +84,8 @@ def main(backend: str, arch: str, warp: str) -> None:
     target = GPUTarget(backend, int(arch) if arch.isdigit() else arch, int(warp))
     for name, p, groups, loop in plans():
         print(json.dumps(compiled(name, p, groups, loop, target)), flush=True)
+    for kernel in kernels(arch):
+        print(json.dumps(built(*kernel, target)), flush=True)
 
 
 if __name__ == "__main__":
