@@ -93,7 +93,7 @@ def attention(
 def additive(steps: Steps, parts: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
     """One additive mask out of the steps that a model takes from its scores to its softmax, the first one first."""
     total = torch.zeros((), dtype=dtype, device=parts[0].device)
-    return _masked(total, steps, parts)
+    return masked(total, steps, parts)
 
 
 def blind(mask: torch.Tensor) -> torch.Tensor:
@@ -110,11 +110,11 @@ def written_out(
     """softmax(steps(scale * q k^T)) v as it stands, softmax in fp32 at least: for masks with blind rows."""
     if k.shape[1] != q.shape[1]:
         k, v = (repeat_heads(t, q.shape[1] // t.shape[1]) for t in (k, v))
-    scores = _masked(q @ k.transpose(-2, -1) * scale, steps, parts)
+    scores = masked(q @ k.transpose(-2, -1) * scale, steps, parts)
     return torch.softmax(scores, -1, torch.promote_types(scores.dtype, torch.float32)).to(v.dtype) @ v
 
 
-def _masked(scores: torch.Tensor, steps: Steps, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+def masked(scores: torch.Tensor, steps: Steps, parts: Sequence[torch.Tensor]) -> torch.Tensor:
     """``add``: the part is added. ``keep``: a number stands where the part is false; ``drop``: where it is true."""
     for (kind, value), part in zip(steps, parts, strict=True):
         if kind == "add":

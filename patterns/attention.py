@@ -30,7 +30,9 @@ def recognise(view: View, node: fx.Node) -> Match | Miss | None:
     what the mask is computed from). ``attrs``: cone (``mask.Cone``, or None where the mask is used as it stands),
     kept (why it is), dropout_p, is_causal, scale, enable_gqa (as the model wrote it), repeats (n, or 1), k_swapped,
     v_swapped (the source is [batch, length, head, dim]), steps (of a mask that is written out: (kind, value) for each
-    node of ``masks``, or None), k_turned (k is [batch, head, dim, length]).
+    node of ``masks``, or None), k_turned (k is [batch, head, dim, length]), library (whether SDPA can say it). Where it cannot, ``inputs``
+    has sinks too (a node [1, head, 1, 1] or None), and ``attrs`` chain (text of a ``Chain``: the product's way to the mask), dtype (of
+    the products) and out_swapped (the result is next laid out as [batch, length, head, dim]).
     """
     op = view.op(node)
     if op.kind != "sdpa":
@@ -58,10 +60,10 @@ def recognise(view: View, node: fx.Node) -> Match | Miss | None:
 
 
 def _written_out(view: View, node: fx.Node) -> Match | Miss | None:
-    found = scores.written(view, node)
+    facts = cast(mask.Facts, view)
+    found = scores.written(facts, node)
     if not isinstance(found, scores.Scores):
         return found
-    facts = cast(mask.Facts, view)
     only = found.parts[0] if len(found.parts) == 1 else None
     cone = None if only is None else mask.find(facts, only.node)
     if isinstance(cone, mask.Cone) and only is not None:
@@ -77,7 +79,12 @@ def _written_out(view: View, node: fx.Node) -> Match | Miss | None:
         "data": cone.data if isinstance(cone, mask.Cone) else (),
     }
     attrs = _attrs({"scale": found.scale}, cone, k_heads, v_heads)
-    attrs |= {"steps": tuple((p.kind, p.value) for p in found.parts), "k_turned": found.turned}
+    attrs |= {"steps": tuple((p.kind, p.value) for p in found.parts), "k_turned": found.turned, "library": found.library}
+    if not found.library:
+        turns = [view.op(user) for user in view.users(node)]
+        swapped = all(op.kind == "permute" and op.params["dims"] == (0, 2, 1, 3) for op in turns)
+        inputs["sinks"] = found.sinks
+        attrs |= {"chain": found.chain, "dtype": found.dtype, "out_swapped": swapped}
     return Match("attention", node, (*_unneeded(node, k_heads, v_heads), *found.nodes), inputs, attrs)
 
 
@@ -94,6 +101,7 @@ def _attrs(params: dict[str, Any], cone: mask.Cone | str | None, k_heads: Any, v
         "v_swapped": bool(v_heads and v_heads.swapped),
         "steps": None,
         "k_turned": False,
+        "library": True,
     }
 
 

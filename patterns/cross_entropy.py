@@ -23,14 +23,12 @@ from .adapted_head import AdaptedHead, adapted_head
 from .likelihood import Likelihood, likelihood
 from .meaning import Op, View
 from .rule import Match, Miss, Sample, StructuralRule
+from .steps import NoStep, step
 
 RULE_NAME = "cross_entropy"
 MATH = "loss[t] = logsumexp_v(chain(Z[t,v])) - chain(Z[t,y[t]]),  Z = H W^T + b;  chain(z) = z, s*z, a*tanh(z/a), ..."
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 VIEWS = ("reshape", "permute", "index")
-ALONE = ("neg", "tanh", "sigmoid", "softplus", "relu", "abs", "exp")
-WITH_NUMBER = {"add": ("add", "add"), "mul": ("mul", "mul"), "sub": ("sub", "rsub"), "div": ("div", None)}
-"""Steps with a number to the right of the logit, and to the left."""
 
 
 class _Stop(Exception):
@@ -179,7 +177,10 @@ def _before(view: View, head: _Head, node: fx.Node, op: Op) -> fx.Node:
     if op.kind == "softmax" and op.params["fn"] == "log_softmax":
         return _unnormalised(view, head, node, op)
     if op.kind == "pointwise":
-        source, fn, numbers = _step(op)
+        try:
+            source, fn, numbers = step(op)
+        except NoStep as reason:
+            raise _Stop(f"a logit goes through {reason}") from None
         head.steps.append((node, fn, numbers))
         return source
     if op.kind in ("reshape", "index"):
@@ -199,23 +200,6 @@ def _unnormalised(view: View, head: _Head, node: fx.Node, op: Op) -> fx.Node:
         head.steps.append((node, "cast", ()))
     head.normalised = node
     return op.args[0]
-
-
-def _step(op: Op) -> tuple[fx.Node, str, tuple[float, ...]]:
-    """A pointwise function of one node and numbers: (the node, the step's name, its numbers)."""
-    fn, args = op.params["fn"], op.args
-    nodes = [a for a in args if isinstance(a, fx.Node)]
-    numbers = tuple(float(a) for a in args if type(a) in (int, float))
-    if len(nodes) == 1 and len(nodes) + len(numbers) == len(args):
-        if fn in ALONE and not numbers:
-            return nodes[0], fn, ()
-        if fn in WITH_NUMBER and len(numbers) == 1:
-            name = WITH_NUMBER[fn][0 if args[0] is nodes[0] else 1]
-            if name is not None and abs(numbers[0]) != float("inf") and not (name == "div" and numbers[0] == 0):
-                return nodes[0], name, numbers
-        if fn == "clamp" and len(numbers) == 2:
-            return nodes[0], "clamp", numbers
-    raise _Stop(f"a logit goes through {fn} of {len(nodes)} tensors, which is not a known function of one logit")
 
 
 def _see_through(view: View, head: _Head, node: fx.Node, op: Op) -> None:

@@ -30,6 +30,10 @@ class Facts(View, Protocol):
         """The node's example value, whatever it is: a tensor, a tuple, a number, None."""
         ...
 
+    def generates(self, device: torch.device) -> bool:
+        """Whether kernels are generated for the device, or would be for the one that a meta device stands for."""
+        ...
+
     def mutated(self, node: fx.Node) -> bool:
         """Whether the node's value, or one that may share its storage, is written to anywhere."""
         ...

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 from torch._ops import HigherOrderOperator
 
+from slothc.kernels.triton_launch import available
 from slothc.patterns.meaning import Op
 
 from .spellings import meaning, target_name
@@ -125,6 +126,10 @@ class GraphView:
         """Whether autograd records the node's value."""
         found = self.example(node)
         return self.grad_enabled(node) and isinstance(found, torch.Tensor) and bool(found.requires_grad)
+
+    def generates(self, device: torch.device) -> bool:
+        """Whether kernels are generated for the device, or would be for the one that a meta device stands for."""
+        return device.type == "meta" or available(device)
 
     def mutated(self, node: fx.Node) -> bool:
         """Whether the node's value, or one that may share its storage, is written to, here or in a child graph."""

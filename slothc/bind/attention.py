@@ -14,6 +14,8 @@ from torch import fx
 from torch.utils._python_dispatch import _disable_current_modes
 
 from slothc.kernels.attention import Kind, additive, attention, blind, classify, written_out
+from slothc.kernels.scores import attend
+from slothc.kernels.scores_written import scored
 from slothc.patterns.mask import Cone, Facts, as_function, find
 from slothc.patterns.rule import Match
 
@@ -44,7 +46,7 @@ class Attention:
         self.given = Kind("causal" if attrs["is_causal"] else "none")
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *leaves: Any) -> torch.Tensor:
-        k = k.transpose(1, 2) if self.k_swapped else k.transpose(2, 3) if self.k_turned else k
+        k = self._keys(k)
         v = v.transpose(1, 2) if self.v_swapped else v
         verdict = self._verdict(leaves, q.shape[-2], k.shape[-2])
         mask, kind = verdict.mask, verdict.kind
@@ -55,11 +57,41 @@ class Attention:
                 return written_out(q, k, v, self.steps, parts, self.scale)
         return attention(q, k, v, mask, kind, self.dropout_p, self.scale, self.enable_gqa)
 
+    def _keys(self, k: torch.Tensor) -> torch.Tensor:
+        return k.transpose(1, 2) if self.k_swapped else k.transpose(2, 3) if self.k_turned else k
+
     def _verdict(self, leaves: tuple[Any, ...], q_len: int, kv_len: int) -> Verdict:
         if self.judge is not None:
             return self.judge(self, leaves[: self.sizes], leaves[self.sizes :], q_len, kv_len)
         mask = leaves[0] if leaves else None
         return Verdict(self.given if mask is None else Kind("other"), mask)
+
+
+class Scored(Attention):
+    """``(q, k, v, sinks, *leaves) -> out``: written-out attention that no library's kernel does, by ``kernels.scores``."""
+
+    def __init__(self, judge: Judge | None, sizes: int, attrs: dict[str, Any]) -> None:
+        super().__init__(judge, sizes, attrs)
+        self.__name__ = self.__qualname__ = "sloth_scores"
+        self.chain, self.dtype, self.swapped = attrs["chain"], attrs["dtype"], attrs["out_swapped"]
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: Any, *leaves: Any) -> torch.Tensor:  # type: ignore[override]
+        k, v = self._keys(k), v.transpose(1, 2) if self.v_swapped else v
+        q, k, v = (t.to(self.dtype) for t in (q, k, v))                       # what autocast does before each product
+        sinks = None if sinks is None else sinks.reshape(-1)
+        verdict = self._verdict(leaves, q.shape[-2], k.shape[-2])
+        run = partial(attend, q, k, v, sinks=sinks, chain=self.chain, swapped=self.swapped)
+        if verdict.kind.name in ("none", "causal", "sliding_window"):
+            return run(kind=verdict.kind.name, window=verdict.kind.window or 0)
+        parts = leaves if self.judge is None else (verdict.mask,)
+        if len(self.steps) == 1:
+            (kind, value), (part,) = self.steps[0], parts
+            return run(mask=~part if kind == "drop" else part, fill=value)
+        wide = torch.promote_types(self.dtype, torch.float32)
+        mask = additive(self.steps, parts, wide)
+        if not observable(q, mask) or bool(blind(mask)):
+            return scored(q, k, v, self.steps, parts, self.chain, sinks)
+        return run(mask=mask)
 
 
 def bind(match: Match) -> list[Replacement]:
@@ -68,11 +100,16 @@ def bind(match: Match) -> list[Replacement]:
     Matches with the same mask share its evaluation. The mask's nodes are left to die with their last reader.
     """
     judge = _judge(match)
-    inputs, attrs = match.inputs, match.attrs
+    inputs, attrs = match.inputs, dict(match.attrs)
     if judge is None and attrs["repeats"] == 1 and attrs["steps"] is None:
         return []
     leaves = (*inputs["sizes"], *inputs["data"]) if judge is not None else inputs["masks"]
-    call = Attention(judge, len(inputs["sizes"]), dict(attrs))
+    if judge is not None and attrs["steps"]:                              # what a judge gives is true where a key is seen
+        attrs["steps"] = tuple(("keep" if kind == "drop" else kind, value) for kind, value in attrs["steps"])
+    if not attrs["library"]:
+        scored = Scored(judge, len(inputs["sizes"]), attrs)
+        return [Replacement(match.node, scored, (inputs["q"], inputs["k"], inputs["v"], inputs["sinks"], *leaves), {})]
+    call = Attention(judge, len(inputs["sizes"]), attrs)
     return [Replacement(match.node, call, (inputs["q"], inputs["k"], inputs["v"], *leaves), {})]
 
 

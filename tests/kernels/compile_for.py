@@ -14,10 +14,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
 import torch
 import triton
+from compile_scores import kernels
 from contract import case
 from forms import FORMS
 from slothc.gradients.plan import Pass
@@ -61,10 +62,10 @@ def signature(p: Pass, kernel: Any) -> dict[str, str]:
 def planned(name: str, p: Pass, groups: triton_source.Groups, loop: bool, target: GPUTarget) -> dict[str, Any]:
     kernel = cache.load("compile_for", triton_source.source(p, groups, loop)).kernel
     values = {"BLOCK_R": 1 if loop else 2, "BLOCK_L": 1024 if loop else 64, "WIDE": "layer_norm" in name}
-    return compiled(name, kernel, signature(p, kernel), values, target, {"num_warps": 4}, SMALL)
+    return built(name, kernel, signature(p, kernel), values, {"num_warps": 4}, SMALL, target)
 
 
-def tiles(target: GPUTarget) -> Iterator[dict[str, Any]]:
+def tiles() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any], int]]:
     """joined and summed, for every dtype of the low-rank factors, both layouts of a weight, few and many columns of the factors."""
     blocks = {"BLOCK_M": joined.BLOCK_M, "BLOCK_N": joined.BLOCK_N, "BLOCK_K": joined.BLOCK_K, "GROUP": joined.GROUP, "PROGRAMS": 132}
     m, n, k = joined.BLOCK_M, joined.BLOCK_N, joined.BLOCK_K
@@ -80,15 +81,18 @@ def tiles(target: GPUTarget) -> Iterator[dict[str, Any]]:
         types |= {a: f"tensordesc<bf16{list(shapes[a[0]])}>" for a in kernel.arg_names if a.rstrip("012") in shapes}
         types = {a: "constexpr" if a in values else types[a] for a in kernel.arg_names}
         name = f"{kernel.__name__} {'nk' if nk else 'kn'} {'x'.join(factors)} {rank}"
-        yield compiled(name, kernel, types, values, target, {"num_warps": 8, "num_stages": joined.STAGES}, HOPPER)
+        yield name, kernel, types, values, {"num_warps": 8, "num_stages": joined.STAGES}, HOPPER
 
 
-def compiled(
-    name: str, kernel: Any, types: dict[str, str], values: dict[str, Any], target: GPUTarget, options: dict[str, int], limit: int
+def built(
+    name: str, kernel: Any, types: dict[str, str], values: dict[str, Any], options: dict[str, Any], limit: int, target: GPUTarget
 ) -> dict[str, Any]:
+    """``limit``: bytes of shared memory that it may take."""
     constants = {(k,): values[n] for k, n in enumerate(kernel.arg_names) if n in values}
+    aligned = {(k,): [["tt.divisibility", 16]] for k, n in enumerate(kernel.arg_names) if types[n].startswith("*") or n.startswith("s")}
     try:
-        made = triton.compile(ASTSource(fn=kernel, signature=types, constexprs=constants), target=target, options=options)
+        source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
+        made = triton.compile(source, target=target, options=options)
     except Exception as error:
         return {"name": name, "ok": False, "error": f"{type(error).__name__}: {error}"[-2000:]}
     binary = "hsaco" if target.backend == "hip" else "cubin"
@@ -100,9 +104,8 @@ def main(backend: str, arch: str, warp: str) -> None:
     target = GPUTarget(backend, int(arch) if arch.isdigit() else arch, int(warp))
     for name, p, groups, loop in plans():
         print(json.dumps(planned(name, p, groups, loop, target)), flush=True)
-    if (backend, arch) == ("cuda", "90"):                                 # they need its copy engine
-        for line in tiles(target):
-            print(json.dumps(line), flush=True)
+    for kernel in (*kernels(arch), *(tiles() if arch == "90" else ())):    # the latter need Hopper's copy engine
+        print(json.dumps(built(*kernel, target)), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,142 @@
+"""Block shapes and launches of the attention kernels."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .direct import Direct
+from .scores_program import triton_functions
+
+SHIFTS = {torch.bfloat16: 8, torch.float16: 5}     # of the bits that rounding takes from fp32, 16 and 13, the first eight are kept
+KEPT = 512
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Queries and keys in a block, warps, and loads in flight."""
+
+    m: int
+    n: int
+    warps: int
+    stages: int
+
+
+# the first that fits the device's shared memory is taken: {kernel: {largest head dim: shapes}}, for 16-bit operands
+SHAPES: dict[str, dict[int, tuple[Blocks, ...]]] = {
+    "forward": {
+        64: (Blocks(128, 128, 8, 3), Blocks(128, 64, 4, 3), Blocks(64, 64, 4, 2), Blocks(64, 32, 4, 1)),
+        128: (Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 2), Blocks(64, 64, 4, 2), Blocks(64, 32, 4, 2), Blocks(64, 32, 4, 1)),
+        256: (Blocks(128, 64, 8, 2), Blocks(128, 32, 8, 2), Blocks(64, 32, 4, 2), Blocks(64, 16, 4, 1), Blocks(32, 32, 4, 1)),
+    },
+    "to_queries": {
+        64: (Blocks(128, 64, 8, 2), Blocks(64, 64, 4, 2), Blocks(64, 32, 4, 1)),
+        128: (Blocks(128, 64, 8, 2), Blocks(64, 64, 4, 2), Blocks(64, 32, 4, 2), Blocks(64, 32, 4, 1), Blocks(32, 32, 4, 1)),
+        256: (Blocks(64, 64, 8, 2), Blocks(64, 32, 4, 2), Blocks(64, 32, 4, 1), Blocks(32, 32, 4, 1), Blocks(16, 16, 4, 1)),
+    },
+    "to_keys": {
+        64: (Blocks(64, 128, 8, 2), Blocks(64, 64, 4, 2), Blocks(32, 64, 4, 1)),
+        128: (Blocks(64, 128, 8, 2), Blocks(64, 64, 4, 2), Blocks(32, 64, 4, 2), Blocks(32, 64, 4, 1), Blocks(32, 32, 4, 1)),
+        256: (Blocks(64, 64, 8, 2), Blocks(32, 64, 4, 2), Blocks(32, 64, 4, 1), Blocks(32, 32, 4, 1), Blocks(16, 16, 4, 1)),
+    },
+}  # fmt: skip
+# fp32 products are exact, on the ordinary cores
+WIDE_SHAPES = (Blocks(32, 32, 4, 1), Blocks(16, 16, 4, 1))
+chosen: dict[tuple[str, int, int], Blocks] = {}    # what a benchmark, or a launch that did not fit, puts in place of a table's line
+
+
+def block(dim: int) -> int:
+    """The power of two that holds a head's dimension."""
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+def shared(name: str, b: Blocks, width: int, size: int) -> int:
+    """About how many bytes of shared memory a program takes: ``width`` columns of a query and a value together, ``size`` bytes each."""
+    kept = {"forward": b.m * width // 2, "to_queries": b.m * width, "to_keys": b.n * width}[name]
+    moving = (b.m if name == "to_keys" else b.n) * width * b.stages
+    return (kept + moving + (b.m * b.n if name != "forward" else 0)) * size
+
+
+def shapes(name: str, width: int, size: int, memory: int) -> list[Blocks]:
+    """The block shapes to try, best first. ``memory``: bytes of shared memory that a program may have."""
+    table = WIDE_SHAPES if size > 2 else next(s for most, s in SHAPES[name].items() if width <= 2 * most)
+    fitting = [b for b in table if shared(name, b, width, size) <= memory]
+    return fitting or [table[-1]]
+
+
+@functools.cache
+def memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may have on the device."""
+    if device.type != "cuda":
+        return 1 << 16
+    return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 1 << 16))
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a kernel is compiled for besides its operands' dtypes: the chain's text, KIND, MASK, whether there are sinks."""
+
+    chain: str
+    kind: int
+    mask: int
+    sink: bool
+
+
+def tanh(dtype: torch.dtype) -> str:
+    """Which tanh scores of operands of this dtype take."""
+    return "quick" if dtype in SHIFTS else "exact"
+
+
+def constants(name: str, form: Form, dtype: torch.dtype, group: int, wide: bool, dims: tuple[int, int], b: Blocks) -> dict[str, Any]:
+    """The kernel's compile-time arguments in the order of its signature, then the compiler's options."""
+    value, both = triton_functions(form.chain, tanh(dtype))
+    found: dict[str, Any] = {"VALUE": value} if name == "forward" else {"BOTH": both}
+    found |= {"GROUP": group, "KIND": form.kind, "MASK": form.mask}
+    found |= {"SINK": form.sink} if name == "forward" else {}
+    found |= {"SHIFT": SHIFTS.get(dtype, 0)} if name != "to_keys" else {}
+    found |= {"WIDE": wide, "PRECISION": "ieee", "DIM": dims[0], "DIM_V": dims[1], "BLOCK_D": block(dims[0]), "BLOCK_V": block(dims[1])}
+    return found | {"BLOCK_M": b.m, "BLOCK_N": b.n, "num_warps": b.warps, "num_stages": b.stages, "enable_fp_fusion": True}
+
+
+class Kernel:
+    """One kernel for operands of these dtypes, shapes and strides; smaller blocks where the first choice does not fit."""
+
+    def __init__(
+        self, name: str, form: Form, dtype: torch.dtype, dims: tuple[int, int], group: int, wide: bool, sizes: tuple[int, int, int],
+        numbers: tuple[int, ...], device: torch.device,
+    ) -> None:  # fmt: skip
+        self.name, self.device, self.numbers = name, device, numbers
+        self.parts = (form, dtype, group, wide, dims)
+        self.heads, self.tq, self.tk = sizes
+        width, size = block(dims[0]) + block(dims[1]), dtype.itemsize
+        self.key = (name, width, size)
+        tried = shapes(name, width, size, memory(device))
+        self.tried = [chosen[self.key]] if self.key in chosen else tried
+        self.run = self._direct()
+
+    def _direct(self) -> Direct:
+        b = self.tried[0]
+        rows, by = (self.tk, b.n) if self.name == "to_keys" else (self.tq, b.m)
+        options = constants(self.name, *self.parts, b)
+        return Direct(_kernel(self.name), (-(-rows // by) * self.heads,), self.numbers, options, self.device)
+
+    def __call__(self, *tensors: Tensor) -> None:
+        while True:
+            try:
+                return self.run(tensors)
+            except Exception as error:
+                if type(error).__name__ != "OutOfResources" or len(self.tried) == 1:
+                    raise
+                self.tried = self.tried[1:]
+                self.run = self._direct()
+
+
+@functools.cache
+def _kernel(name: str) -> Any:
+    from . import scores_kernel
+
+    return getattr(scores_kernel, name)
