@@ -19,7 +19,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
 os.environ.setdefault("UNSLOTH_DISABLE_AUTO_UPDATES", "1")
 
-SYSTEMS = ("eager", "dynamo-eager", "inductor", "liger", "unsloth", "sloth")
+SYSTEMS = ("eager", "dynamo-eager", "inductor", "liger", "unsloth", "sloth", "sloth-graphs")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ALL = "all-linear"  # where the seven have other names
 TARGETS_OF = {"nanochat_d32": ALL, "falcon_h1_1b": ALL}
@@ -208,10 +208,11 @@ def compiled(system: str, model: Any, sloth_options: dict[str, Any]) -> Callable
         return torch.compile(model)
     if system == "dynamo-eager":
         return torch.compile(model, backend="eager")
-    if system == "sloth":
+    if system in ("sloth", "sloth-graphs"):
         import slothc  # noqa: F401  registers the backend in a checkout that isn't installed
 
-        return torch.compile(model, backend="sloth", options=sloth_options)
+        options = {**sloth_options, "cuda_graphs": True} if system == "sloth-graphs" else sloth_options
+        return torch.compile(model, backend="sloth", options=options)
     return model
 
 

@@ -13,6 +13,7 @@ from torch._dynamo.backends.registry import lookup_backend
 
 from .checkpointing import keep_random_states
 from .errors import RegionDropped
+from .graphed import graphed
 from .options import Options
 from .rewrite import rewrite
 
@@ -36,7 +37,7 @@ def sloth(
     if chosen.rest == "inductor":
         return lookup_backend("inductor")(module, list(example_inputs))
     keep_random_states(module)
-    return module.forward
+    return graphed(module) if chosen.cuda_graphs else module.forward
 
 
 def _copy(module: fx.GraphModule) -> fx.Graph:

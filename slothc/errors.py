@@ -15,5 +15,9 @@ class RegionDropped(UserWarning):
     """A region runs eagerly because its plan failed its check, did not compile or did not fit the device."""
 
 
+class NotGraphed(UserWarning):
+    """``cuda_graphs`` was asked for and a graph, or one signature of it, runs without. The text says why."""
+
+
 class VerificationFailed(SlothError):
     """A plan's numbers are further from float64 truth than eager's. ``text`` says by how much."""

@@ -4,4 +4,4 @@ from __future__ import annotations
 
 from collections import Counter
 
-counts: Counter[str] = Counter()      # "graphs", "lifted", "derived", "checked"
+counts: Counter[str] = Counter()      # "graphs", "lifted", "derived", "checked", "recorded", "replayed", "unreplayed"

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+from slothc.held import held, recording
 from slothc.kernels.attention import Kind, classify
 from slothc.kernels.tracing import traced
 
@@ -31,9 +32,9 @@ class Verdict:
 
 def observable(*tensors: torch.Tensor) -> bool:
     """Whether tensors' elements can be looked at here: not while tracing, on meta or fake tensors, or while a CUDA
-    graph records.
+    graph records: what is seen then holds for every replay.
     """
-    if traced(*tensors) or any(t.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors):
+    if recording() or traced(*tensors) or any(t.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors):
         return False
     return not (tensors and tensors[0].is_cuda and torch.cuda.is_current_stream_capturing())
 
@@ -57,8 +58,10 @@ class SizeMask:
         if kind is not None and kind.plain:
             return Verdict(kind, None)
         if kind is not None and latest is not None and latest[0] == key:
-            return Verdict(kind, latest[1])
+            return Verdict(kind, held(latest[1]))
         mask = _evaluate(self.function, sizes)
+        if kind is not None and recording():
+            return Verdict(kind, mask)
         if kind is None:
             if not observable(mask):
                 return Verdict(OTHER, mask)
@@ -91,7 +94,7 @@ class DataMask:
     ) -> Verdict:
         key = _key(sizes, data, q_len, kv_len)
         reading = self._readings.get(id(data[0]))
-        if reading is not None and reading.serves(reader, key, data):
+        if reading is not None and not (recording() and reading.readers is not None) and reading.serves(reader, key, data):
             verdict = reading.verdict
         elif observable(*data):
             verdict = self._judge(key, sizes, data, q_len, kv_len)
@@ -154,7 +157,7 @@ class Announced:
                     mask = _one_of_batch(mask).expand(mask.shape)
             self._latest = latest = (sizes, mask, kind)
         GIVEN.announce(latest[1], latest[2])
-        return latest[1]
+        return held(latest[1])
 
 
 class _Reading:

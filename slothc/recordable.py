@@ -1,0 +1,82 @@
+"""Which graphs can be replayed at all: what a recording would freeze, or what cannot be done while one is made, is a reason not to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
+from torch.utils._pytree import tree_leaves
+
+from .checkpointing import checkpointed, draws
+from .spellings import target_name
+from .spellings_call import example
+from .view_children import attribute
+from .view_location import location
+
+WAITS = {
+    "item", "tolist", "nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "cpu", "numpy", "bincount", "histc",
+    "equal", "allclose", "is_nonzero", "_local_scalar_dense", "_unique2", "bool", "__bool__", "__int__", "__float__",
+}  # fmt: skip
+STATE = ("manual_seed", "set_rng_state", "get_rng_state", "seed", "initial_seed")
+KNOWN = {"aten", "prims", "prim", "sloth"}                                # libraries whose operations do nothing behind the stream's back
+NESTED = {"wrap_with_autocast", "wrap_with_set_grad_enabled", "autograd_function_apply"}
+
+
+def device_of(module: fx.GraphModule) -> torch.device | None:
+    """The device of the first value that is on an accelerator, or of the first value."""
+    devices = [t.device for n in module.graph.nodes if n.users for t in _tensors(n)]
+    return next((d for d in devices if d.type not in ("cpu", "meta")), devices[0] if devices else None)
+
+
+def obstacle(module: fx.GraphModule, device: torch.device) -> str | None:
+    """Why ``module`` cannot be recorded on ``device``, with the place; None if nothing is known against it."""
+    for part in [m for m in module.modules() if isinstance(m, fx.GraphModule)]:
+        for node in part.graph.nodes:
+            reason = _against(part, node, device) if node.users or node.op.startswith("call") else None
+            if reason is not None:
+                return f"{reason} at {location(node)}"
+    return None
+
+
+def _against(module: fx.GraphModule, node: fx.Node, device: torch.device) -> str | None:
+    values = list(_tensors(node))
+    found = attribute(module, node)
+    values += [found] if isinstance(found, torch.Tensor) else []
+    other = next((t.device for t in values if t.device != device), None)
+    if other is not None:
+        return f"a value on {other}"
+    if any(_unbacked(s) for t in values for s in t.shape) or _unbacked(example(node)):
+        return "a size that depends on values"
+    return _call_against(node, values) if node.op.startswith("call") else None
+
+
+def _call_against(node: fx.Node, values: list[torch.Tensor]) -> str | None:
+    target, name = node.target, target_name(node).rsplit(".", 1)[-1]
+    if isinstance(target, HigherOrderOperator):
+        return None if name in NESTED else f"the operation {name}"
+    if isinstance(target, OpOverload | OpOverloadPacket):
+        library = str(target._qualified_op_name if isinstance(target, OpOverloadPacket) else target.namespace).split("::")[0]
+        if library not in KNOWN:
+            return f"an operation of the library {library}"
+    if name in WAITS or (name == "repeat_interleave" and len(node.all_input_nodes) > 1 and "output_size" not in node.kwargs):
+        return f"{name}, which waits for the device,"
+    if name in STATE:
+        return f"{name}, which sets the state of random numbers,"
+    if target is checkpointed and isinstance(node.args[0], fx.Node):
+        body: Any = attribute(node.graph.owning_module, node.args[0])
+        if not isinstance(body, fx.GraphModule) or draws(body):
+            return "a checkpoint that draws random numbers"
+    return None
+
+
+def _tensors(node: fx.Node) -> Iterator[torch.Tensor]:
+    yield from (t for t in tree_leaves(example(node)) if isinstance(t, torch.Tensor))
+
+
+def _unbacked(size: Any) -> bool:
+    if not isinstance(size, torch.SymInt | torch.SymFloat | torch.SymBool):
+        return False
+    return any(str(s).startswith(("u", "zuf")) for s in size.node.expr.free_symbols)
