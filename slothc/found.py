@@ -14,7 +14,7 @@ from slothc.patterns.rule import Match, Miss
 
 from .catalogue import CONSTANT, STRUCTURAL, UNNAMED
 from .constants import constants
-from .lift import CannotLift, lift, shape_of
+from .lift import CannotLift, OtherRow, lift, shape_of
 from .lift_forms import same
 from .naming import Part, parts
 from .options import Options
@@ -168,28 +168,40 @@ def _learn(view: GraphView, cone: Cone, nodes: list[fx.Node], inputs: list[fx.No
         lifted = lift(view, set(cone.nodes), cone.results)
         made = plan(view, lifted)
     except CannotLift as error:
-        return _Known(None, (), (), _barrier(view, error.node, nodes), error.reason)
+        return _Known(None, (), (), _barrier(view, error, nodes), error.reason)
     except Exception as error:                                            # a fault of ours is a miss, not the user's
         return _Known(None, (), (), nodes.index(cone.sink), f"{type(error).__name__}: {error}".splitlines()[0])
     named = [(p.rule, nodes.index(p.node), tuple(nodes.index(n) for n in p.nodes)) for p in parts(view, cone)]
     return _Known(made, tuple(inputs.index(leaf) for leaf in lifted.leaves), tuple(named))
 
 
-def _barrier(view: GraphView, node: fx.Node, nodes: list[fx.Node]) -> int | None:
-    """Where to cut a cone that has no formula at ``node``: the first reader of an operand that cannot be one, the reshape that gives a
-    reduction's row another length than the result's, the one before it that makes its row out of several, or the node itself.
+def _barrier(view: GraphView, error: CannotLift, nodes: list[fx.Node]) -> int | None:
+    """Where to cut a cone that has no formula at a node: the first reader of an operand that cannot be one, the node itself, or, where
+    only the length of its row does not fit, the place where that row becomes another: behind the node, else before it.
     """
+    node = error.node
     if node not in nodes:
         return next((k for k, n in enumerate(nodes) if node in n.all_input_nodes), None)
-    if view.op(node).kind in ("reduce", "norm", "softmax"):
-        after = {node}
-        for k, n in enumerate(nodes):
-            if after.intersection(n.all_input_nodes):
-                after.add(n)
-                if view.op(n).kind == "reshape" and shape_of(view, n)[-1:] != shape_of(view, node)[-1:]:
-                    return k
-        return next(reversed(_joins(view, node, nodes)), nodes.index(node))
-    return nodes.index(node)
+    if not isinstance(error, OtherRow):
+        return nodes.index(node)
+    ends = _row_ends(view, node, nodes)
+    return ends if ends is not None else next(reversed(_joins(view, node, nodes)), nodes.index(node))
+
+
+def _row_ends(view: GraphView, node: fx.Node, nodes: list[fx.Node]) -> int | None:
+    """Where the rows that a reduction runs over are no rows any more: the first reshape of such a row to another length, or what a
+    join puts such a row into a longer one of.
+    """
+    lengths = [shape_of(view, n)[-1:] for n in (view.op(node).args[0], node)]
+    after = {node}
+    for k, n in enumerate(nodes):
+        sources = [a for a in n.all_input_nodes if a in after]
+        after |= {n} if sources else set()
+        if view.op(n).kind not in JOINS | {"reshape"} or shape_of(view, n)[-1:] in lengths:
+            continue
+        for a in (a for a in sources if shape_of(view, a)[-1:] in lengths):
+            return k if view.op(n).kind == "reshape" else nodes.index(a)
+    return None
 
 
 def _joins(view: GraphView, node: fx.Node, nodes: list[fx.Node]) -> list[int]:

@@ -18,14 +18,14 @@ from slothc.gradients.reverse import without_aliases
 
 from .lift_composite import Composite
 from .lift_forms import NotAffine, Split, reshape
-from .lift_loader import LONGEST, STORAGE, CannotLift, LeafLookup
+from .lift_loader import LONGEST, STORAGE, CannotLift, LeafLookup, OtherRow
 from .lift_pointwise import Pointwise
 from .lift_space import OtherLane, Space, TellsParts, fixed
 from .lift_views import Views
 from .sizes import shape_of
 from .view import GraphView
 
-__all__ = ["CannotLift", "Lifted", "lift"]
+__all__ = ["CannotLift", "Lifted", "OtherRow", "lift"]
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,10 @@ class CannotLift(Exception):
         self.node, self.reason = node, reason
 
 
+class OtherRow(CannotLift):
+    """``node`` combines a row of another length than the region's: by itself it has a formula."""
+
+
 class Loader:
     """Scalars of one evaluation over a fixed space: ``load`` gives a node's value at an index, by the handler ``_<kind>`` of its op."""
 

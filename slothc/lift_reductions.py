@@ -15,7 +15,7 @@ from slothc.gradients.geometry import Form, Size
 from slothc.gradients.program import CONST, Input, Reduce, symbol
 
 from .lift_forms import same
-from .lift_loader import CannotLift, Loader
+from .lift_loader import CannotLift, Loader, OtherRow
 from .lift_scalars import SCALAR, number
 from .lift_space import MAX_LANES, OtherLane, fixed
 from .sizes import shape_of
@@ -40,7 +40,7 @@ class Reductions(Loader):
             free = [a for a, n in space.axes.items() if a not in used and a != space.lane and same(n, size)]
             raise OtherLane(free[0] if free else None, size)
         if not same(space.lane_count(), size):
-            raise CannotLift(node, f"it reduces over {size} elements where the row has {space.lane_count()}")
+            raise OtherRow(node, f"it reduces over {size} elements where the row has {space.lane_count()}")
         row = next((f for f in self.space.index if self.space.lane in f.axes), Form.axis(space.lane))
         row = Form(tuple(t for t in row.terms if t[0] == space.lane or t[0] in space.unrolled), row.const)
         return [fixed(row, c) for c in space.lanes()]

@@ -47,7 +47,7 @@ def three(seed, dtype, device, narrow, text, reduction):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype, narrow", [(d, n) for d in TINY for n in {d, torch.float32}], ids=str)
+@pytest.mark.parametrize("dtype, narrow", [(d, n) for d in TINY for n in dict.fromkeys((d, torch.float32))], ids=str)
 @pytest.mark.parametrize("name", ["float", "soft-cap"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_contract(device, dtype, narrow, name, reduction):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -76,6 +77,43 @@ def test_a_change_of_grad_mode_ends_a_cone() -> None:
     view, _, cone = grown(function, x())
     assert {view.grad_enabled(n) for n in cone.nodes} == {True}
     assert names(cone.nodes).isdisjoint({"amax", "abs"})
+
+
+def parts(function: Callable[..., Any], *shapes: tuple[int, ...]) -> Counter[str]:
+    """How often each rule names something in the function's regions."""
+    return sum((Counter(p.rule for p in r.parts) for r in found_in(function, [torch.randn(s) for s in shapes]).regions), Counter())
+
+
+def turned(x: Tensor, c: Tensor, s: Tensor) -> Tensor:
+    """Every pair of neighbours turned by its angle."""
+    return x * c + torch.stack((-x[..., 1::2], x[..., 0::2]), dim=-1).flatten(-2) * s
+
+
+def test_a_softmax_over_another_dimension_is_cut_off_by_itself() -> None:
+    """It has no formula in any region, so that nothing behind it needs to be cut: the norm and the turn of what it weighs stay whole."""
+
+    def pooled(x: Tensor, gate: Tensor, w: Tensor, c: Tensor, s: Tensor) -> Tensor:
+        h = rms_norm((x * gate.softmax(2)).sum(2), w)
+        return torch.cat((h[..., :8], turned(h[..., 8:], c, s)), dim=-1)
+
+    heads, angles = (2, 4, 8, 16), (2, 4, 8)
+    assert parts(pooled, heads, heads, (16,), angles, angles) == Counter({"rms_norm": 1, "rope": 1})
+
+
+def test_a_shorter_row_is_cut_where_it_joins_the_longer_one() -> None:
+    """The norm and the turn of a row that becomes a part of another one, by a cat or by a write, are a region of their own."""
+
+    def joined(x: Tensor, r: Tensor, w: Tensor, c: Tensor, s: Tensor) -> Tensor:
+        return torch.cat((x * 2.0, turned(rms_norm(r, w), c, s).expand(2, 4, 5, 8)), dim=-1)
+
+    def written(x: Tensor, r: Tensor, w: Tensor, c: Tensor, s: Tensor) -> Tensor:
+        keys = x.new_empty(2, 4, 5, 24)
+        keys[..., :16] = x * 2.0
+        keys[..., 16:] = turned(rms_norm(r, w), c, s)
+        return keys
+
+    for function in (joined, written):
+        assert parts(function, (2, 4, 5, 16), (2, 1, 5, 8), (8,), (5, 8), (5, 8)) == Counter({"rms_norm": 1, "rope": 1})
 
 
 def test_regions_do_not_overlap_and_are_convex() -> None:
