@@ -18,7 +18,7 @@ from typing import Any
 
 import sympy as sp
 import torch
-from slothc.gradients.matrix import Factor, MatrixPlan, Step, Term, linear_plan, lora_plan
+from slothc.gradients.matrix import Factor, MatrixPlan, Term, linear_plan, lora_plan
 
 from .joined import joined
 from .products import rounded

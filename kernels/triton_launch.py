@@ -17,11 +17,12 @@ from .binding import Bound, fold_rows, put, summed
 from .cache import load
 from .direct import Direct
 from .records import Launch, Recorded, clear
-from .triton_source import Groups, arguments, source, tensors
+from .triton_source import Groups, arguments, block_names, source, splits, tensors
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 ROW_LIMIT = 16384            # lanes of a row that one block holds: 16 warps x 32 threads x 32 fp32 registers
 FUSION = False               # a b - a b is 0 as in eager: with one of the products in a fused multiply-add it is that product's rounding
+SPLIT, SMALLEST = 1024, 256  # lanes of a row that may lie in several blocks, and of the smallest of them
 PROGRAMS_PER_PROCESSOR = 2   # persistent programs per multiprocessor for gradients summed over rows
 
 
@@ -43,11 +44,12 @@ def processors(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class Shape:
-    """The launch of one kernel: blocks, warps, grid, and how many rows of partial sums it writes (0: none)."""
+    """The launch of one kernel: rows of a block, lanes of the blocks that are side by side, warps, grid, and how many rows of partial sums
+    it writes (0: none)."""
 
     loop: bool
     block_r: int
-    block_l: int
+    blocks_l: tuple[int, ...]
     warps: int
     grid: tuple[int, int]
     partials: int
@@ -59,15 +61,17 @@ def choose(p: Pass, bound: Bound, device: torch.device) -> Shape:
     reduces = bool(p.program.reductions)
     rows, lanes = max(bound.rows, 1), max(bound.lanes, 1)
     loop = reduces and lanes > ROW_LIMIT
+    pieces: tuple[int, ...] = ()
     if loop:
         block_r, block_l = 1, 4096 if not INTERPRET else 1024
     elif reduces:
-        block_l = _power(lanes)
+        pieces = _pieces(lanes) if splits(p) else (_power(lanes),)
+        block_l = sum(pieces)
         block_r = max(1, min(2048 // block_l, _power(rows)))
     else:
         block_l = min(_power(lanes), 1024)
         block_r = max(1, min(2048 // block_l, _power(rows)))
-    warps = max(1, min(16 if block_l > 8192 else 8, block_r * block_l // 256))
+    warps = max(1, min(16 if block_l > 8192 else 8, block_r * _power(block_l) // 256))
     blocks = -(-rows // block_r)
     across = 1 if loop or reduces else -(-lanes // block_l)
     programs = blocks
@@ -75,7 +79,26 @@ def choose(p: Pass, bound: Bound, device: torch.device) -> Shape:
         programs = min(blocks, max(1, processors(device) * PROGRAMS_PER_PROCESSOR // min(across, 4)))
     elif loop:
         programs = blocks
-    return Shape(loop, block_r, block_l, warps, (programs, across), programs if sums else 0)
+    return Shape(loop, block_r, pieces or (block_l,), warps, (programs, across), programs if sums else 0)
+
+
+def _pieces(lanes: int) -> tuple[int, ...]:
+    """Powers of two that hold a row side by side, the largest first: as few as waste less than a tenth, three at most.
+
+    In one block, 2304 lanes would hold registers for 4096, and half as many rows be in flight.
+    """
+    if lanes < SPLIT:
+        return (_power(lanes),)
+    ways = [_in_pieces(lanes, count) for count in (1, 2, 3)]
+    return next((w for w in ways if sum(w) * 10 <= lanes * 11), min(ways, key=sum))
+
+
+def _in_pieces(lanes: int, most: int) -> tuple[int, ...]:
+    found, rest = [], lanes
+    while rest >= SMALLEST and len(found) < most - 1:
+        found.append(_power(rest + 1) // 2)
+        rest -= found[-1]
+    return (*found, max(SMALLEST, _power(rest))) if rest else tuple(found)
 
 
 def _power(n: int) -> int:
@@ -87,13 +110,13 @@ class TritonLauncher(Recorded):
 
     def __init__(self, p: Pass) -> None:
         super().__init__(p)
-        self.kernels: dict[tuple[Groups, bool], Any] = {}
+        self.kernels: dict[tuple[Groups, bool, int], Any] = {}
 
-    def _kernel(self, groups: Groups, loop: bool) -> Any:
-        if (groups, loop) not in self.kernels:
+    def _kernel(self, groups: Groups, loop: bool, pieces: int) -> Any:
+        if (groups, loop, pieces) not in self.kernels:
             name = f"rowwise_{self.p.key}"                                # what a profiler shows
-            self.kernels[groups, loop] = getattr(load(name, source(self.p, groups, loop, name)), name)
-        return self.kernels[groups, loop]
+            self.kernels[groups, loop, pieces] = getattr(load(name, source(self.p, groups, loop, name, pieces)), name)
+        return self.kernels[groups, loop, pieces]
 
     def _prepare(self, reads: Sequence[Tensor], writes: Sequence[Tensor]) -> Launch:
         p, device = self.p, reads[0].device
@@ -102,7 +125,7 @@ class TritonLauncher(Recorded):
         if bound.rows == 0 or bound.lanes == 0:
             return clear
         shape = choose(p, bound, device)
-        kernel = self._kernel(bound.groups, shape.loop)
+        kernel = self._kernel(bound.groups, shape.loop, len(shape.blocks_l))
         places = (*bound.loads, *bound.stores)
         integers = [_number(places[n], what) for _, n, what in arguments(p, bound.groups)]
         integers += [*bound.shape, *(bound.sizes[i.name] for i in p.program.inputs if i.role == "size"), bound.rows, bound.lanes]
@@ -111,7 +134,8 @@ class TritonLauncher(Recorded):
         totals = [(p.folded(k), bound.lanes if p.program.kinds[o.value].lanes else 1, place)
                   for k, (o, place) in enumerate(zip(outputs, bound.stores)) if o.over_rows]  # fmt: skip
         totals.sort(key=lambda t: t[0])                                   # as the kernel's arguments: column sums, then folds
-        options = dict(BLOCK_R=shape.block_r, BLOCK_L=shape.block_l, WIDE=bound.wide, num_warps=shape.warps, enable_fp_fusion=FUSION)
+        blocks = dict(zip(block_names(len(shape.blocks_l)), shape.blocks_l))
+        options = dict(BLOCK_R=shape.block_r, **blocks, WIDE=bound.wide, num_warps=shape.warps, enable_fp_fusion=FUSION)
         run = Direct(kernel, shape.grid, integers, options, device)
         pick = _picker(ins, [len(p.reads) + i for i in outs])
         if not totals:

@@ -1,13 +1,16 @@
 """Triton source for any pass.
 
 Two shapes of kernel. ``tile``: a block of rows by a block of lanes, each element read once; a reduction needs the whole row in the
-block. ``loop``: one row at a time, as many passes over it as its reductions are deep, for rows that do not fit a block.
+block, or in several blocks side by side whose sizes are powers of two (``pieces``: 2304 = 2048 + 256). ``loop``: one row at a time, as
+many passes over it as its reductions are deep, for rows that do not fit a block.
 Column-vector gradients are summed by a persistent grid: each program keeps partial sums and writes one row of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import reduce
 
 from slothc.gradients.geometry import Access
 from slothc.gradients.plan import Lookup, Pass
@@ -58,16 +61,31 @@ def _logsumexp(x, ok):
 }
 
 Groups = tuple[tuple[int, ...], ...]
+# what two blocks' reductions are combined by
+COMBINED = {"sum": "{0} + {1}", "max": "tl.maximum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)"}
 
 
-def source(p: Pass, groups: Groups, loop: bool, name: str = "kernel") -> str:
-    """The text of a module with one kernel ``name`` for pass ``p`` whose row axes are merged into ``groups``."""
-    body = "\n".join(_Kernel(p, groups).text(name, loop)) + "\n"
+def source(p: Pass, groups: Groups, loop: bool, name: str = "kernel", pieces: int = 1) -> str:
+    """The text of a module with one kernel ``name`` for pass ``p`` whose row axes are merged into ``groups``.
+
+    ``pieces``: blocks that hold a row of a tile kernel, 1 unless ``splits(p)``.
+    """
+    body = "\n".join(_Kernel(p, groups).text(name, loop, pieces)) + "\n"
     needed: list[str] = []
     for helper in reversed(HELPERS):                                       # a later one may call an earlier one
         if f"{helper}(" in body + "".join(HELPERS[n] for n in needed):
             needed.insert(0, helper)
     return HEADER + "".join(HELPERS[n] for n in needed) + "\n\n" + body
+
+
+def splits(p: Pass) -> bool:
+    """Whether a row may lie in several blocks: its reductions are sums and maxima, whose parts combine."""
+    return bool(p.program.reductions) and all(s.value.op in COMBINED for s in p.program.reductions if isinstance(s.value, Reduce))
+
+
+def block_names(pieces: int) -> tuple[str, ...]:
+    """The kernel's constants for the lanes of its blocks."""
+    return ("BLOCK_L", *(f"BLOCK_L{k}" for k in range(1, pieces)))
 
 
 def arguments(p: Pass, groups: Groups) -> list[tuple[str, int, str]]:
@@ -132,7 +150,7 @@ class _Kernel:
         self.direct = [(o, a) for o, a in zip(self.program.outputs, p.stores) if not o.over_rows]
         self.kinds = self.program.kinds
 
-    def text(self, name: str, loop: bool) -> Iterator[str]:
+    def text(self, name: str, loop: bool, pieces: int) -> Iterator[str]:
         pointers = [f"in{t}" for t in tensors(self.p)]
         pointers += [f"out{t}" for t in sorted({a.tensor for _, a in self.direct})]
         pointers += [f"sum_{o.name}" for o in self.sums] + [f"part_{o.name}" for o in self.parts]
@@ -140,8 +158,22 @@ class _Kernel:
         sizes = [i.name for i in self.program.inputs if i.role == "size"]
         yield "@triton.jit"
         yield f"def {name}({', '.join([*pointers, *integers, *sizes, 'ROWS', 'LANES'])},"
-        yield f"{' ' * (5 + len(name))}BLOCK_R: tl.constexpr, BLOCK_L: tl.constexpr, WIDE: tl.constexpr):"
-        yield from ("    " + line for line in (self._loop() if loop else self._tile()))
+        constants = ("BLOCK_R", *block_names(pieces), "WIDE")
+        yield f"{' ' * (5 + len(name))}{', '.join(f'{c}: tl.constexpr' for c in constants)}):"
+        lines = self._loop() if loop else self._tile()
+        if pieces > 1:
+            lines = _in_pieces(lines, self._lanewise(), self._reduced(), pieces)
+        yield from ("    " + line for line in lines)
+
+    def _lanewise(self) -> set[str]:
+        """The names in a tile kernel whose values have lanes."""
+        values = {n for n, kind in self.kinds.items() if kind.lanes}
+        sums = {f"acc_{o.name}" for o in self.sums if self.kinds[o.value].lanes}
+        return {"lane", "lane_ok"} | values | sums | {f"at_{i.name}" for i in self.program.inputs if f"l_j_{i.name}" in self.names}
+
+    def _reduced(self) -> dict[str, str]:
+        """Reductions by name: how the blocks' are combined."""
+        return {s.name: COMBINED[s.value.op] for s in self.program.reductions if isinstance(s.value, Reduce)}
 
     # addresses
 
@@ -373,3 +405,25 @@ class _Kernel:
         for out, access in self.direct:
             if not self.program.out_kind(out).lanes:
                 yield self._store(out, access)
+
+
+def _in_pieces(lines: Iterable[str], lanewise: set[str], reduced: Mapping[str, str], pieces: int) -> Iterator[str]:
+    """The lines of a tile kernel with each that is about lanes once for every block; reductions of the blocks are combined."""
+    about = re.compile(rf"\b({'|'.join(sorted(lanewise, key=len, reverse=True))}|BLOCK_L)\b")
+
+    def of(line: str, k: int) -> str:
+        return about.sub(lambda m: (m[0] if k == 0 else f"{m[0]}{k}") if m[0] == "BLOCK_L" else f"{m[0]}_{k}", line)
+
+    starts = ["tl.program_id(1) * BLOCK_L", *(" + ".join(block_names(k)) for k in range(1, pieces))]
+    for line in lines:
+        body = line.lstrip()
+        name = body.split(" = ")[0]
+        if not about.search(line):
+            yield line
+        elif name in reduced:
+            pad, text = line[: len(line) - len(body)], body.removeprefix(f"{name} = ")
+            yield f"{pad}{name} = {reduce(lambda a, b: reduced[name].format(a, b), (of(text, k) for k in range(pieces)))}"
+        elif name == "lane" and "tl.arange" in body:
+            yield from (of(line.replace(starts[0], "@"), k).replace("@", starts[k]) for k in range(pieces))
+        else:
+            yield from (of(line, k) for k in range(pieces))

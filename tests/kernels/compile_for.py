@@ -32,17 +32,19 @@ SMALL, HOPPER = 48 * 1024, 227 * 1024                                     # byte
 SHORT = ("scalars", "rope of learned angles", "by_sequence")              # some operands have row axes of size 1 only
 
 
-def plans() -> Iterator[tuple[str, Pass, triton_source.Groups, bool]]:
-    """(name, pass, merged row axes, loop kernel?) for every kernel."""
+def plans() -> Iterator[tuple[str, Pass, triton_source.Groups, bool, int]]:
+    """(name, pass, merged row axes, loop kernel?, blocks that hold a row) for every kernel."""
     for f in FORMS:
         c = case(f.function, f.draw(torch.bfloat16), f.fixed)
         for label, p in zip(("forward", "backward"), c.passes()):
             apart = tuple((a,) for a in range(len(p.axes)))
-            yield f"{f.name} {label}", p, apart, False
+            yield f"{f.name} {label}", p, apart, False, 1
             if f.name in SHORT:
-                yield f"{f.name} {label}, one row axis", p, apart[:1], False
+                yield f"{f.name} {label}, one row axis", p, apart[:1], False, 1
             if f.name in LOOPS:
-                yield f"{f.name} {label}, long rows", p, (sum(apart, ()),), True
+                yield f"{f.name} {label}, long rows", p, (sum(apart, ()),), True, 1
+                if triton_source.splits(p):
+                    yield f"{f.name} {label}, in blocks", p, apart, False, 2
 
 
 def signature(p: Pass, kernel: Any) -> dict[str, str]:
@@ -50,7 +52,7 @@ def signature(p: Pass, kernel: Any) -> dict[str, str]:
     types = {f"in{t}": POINTER[o.dtype] for t, o in enumerate(p.reads)} | {f"out{t}": POINTER[o.dtype] for t, o in enumerate(p.writes)}
     found = {}
     for name in kernel.arg_names:
-        if name in ("BLOCK_R", "BLOCK_L", "WIDE"):
+        if name.startswith("BLOCK_") or name == "WIDE":
             found[name] = "constexpr"
         elif name.startswith(("sum_", "part_")):
             found[name] = "*fp32"
@@ -59,9 +61,10 @@ def signature(p: Pass, kernel: Any) -> dict[str, str]:
     return found
 
 
-def planned(name: str, p: Pass, groups: triton_source.Groups, loop: bool, target: GPUTarget) -> dict[str, Any]:
-    kernel = cache.load("compile_for", triton_source.source(p, groups, loop)).kernel
-    values = {"BLOCK_R": 1 if loop else 2, "BLOCK_L": 1024 if loop else 64, "WIDE": "layer_norm" in name}
+def planned(name: str, p: Pass, groups: triton_source.Groups, loop: bool, pieces: int, target: GPUTarget) -> dict[str, Any]:
+    kernel = cache.load("compile_for", triton_source.source(p, groups, loop, pieces=pieces)).kernel
+    lanes = dict(zip(triton_source.block_names(pieces), (1024 if loop else 64, 16)))
+    values = {"BLOCK_R": 1 if loop else 2, **lanes, "WIDE": "layer_norm" in name}
     return built(name, kernel, signature(p, kernel), values, {"num_warps": 4}, SMALL, target)
 
 
@@ -102,8 +105,8 @@ def built(
 def main(backend: str, arch: str, warp: str) -> None:
     torch.set_num_threads(1)
     target = GPUTarget(backend, int(arch) if arch.isdigit() else arch, int(warp))
-    for name, p, groups, loop in plans():
-        print(json.dumps(planned(name, p, groups, loop, target)), flush=True)
+    for plan in plans():
+        print(json.dumps(planned(*plan, target)), flush=True)
     for kernel in (*kernels(arch), *(tiles() if arch == "90" else ())):    # the latter need Hopper's copy engine
         print(json.dumps(built(*kernel, target)), flush=True)
 

@@ -111,6 +111,30 @@ def test_loop_kernels_on_short_rows(name: str, monkeypatch: pytest.MonkeyPatch) 
         torch.testing.assert_close(value, tile[key], rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("lanes", [48, 56, 61])
+@pytest.mark.parametrize("f", ALL)
+def test_rows_in_blocks_side_by_side(f: Form, lanes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two or three blocks of a power of two hold a row as one block with unused lanes does."""
+    if lanes != 48 and f.name not in LONG:
+        pytest.skip("the form has one length")
+    c = lifted(f, torch.float32)
+    arguments = f.draw(torch.float32, DEVICE, lanes=lanes)
+    cotangents = run(f.function, arguments).cotangents
+    whole = c.values("triton")(arguments, cotangents)
+    monkeypatch.setattr(triton_launch, "SPLIT", 16)
+    monkeypatch.setattr(triton_launch, "SMALLEST", 8)
+    monkeypatch.setattr(rowwise, "_launchers", {})
+    for key, value in c.values("triton")(arguments, cotangents).items():
+        torch.testing.assert_close(value, whole[key], rtol=2e-5, atol=2e-5)
+
+
+def test_blocks_of_a_row() -> None:
+    """As few as waste less than a tenth; three at most."""
+    found = [triton_launch._pieces(n) for n in (1000, 1024, 1100, 2304, 2880, 3072, 3584, 7168)]
+    expected = [(1024,), (1024,), (1024, 256), (2048, 256), (2048, 1024), (2048, 1024), (2048, 1024, 512), (4096, 2048, 1024)]
+    assert found == expected
+
+
 @pytest.mark.parametrize("name", ["softmax", "log_softmax", "largest"])
 @pytest.mark.parametrize("limit", [16, 16384])
 def test_shifts_keep_large_and_infinite_values(name: str, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
