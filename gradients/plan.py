@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from .geometry import Access, Axis, Size
-from .program import Program
+from .program import Output, Program
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,9 @@ class Pass:
 class Plan:
     """A lifted region with its derived backward.
 
-    ``forward`` writes the region's results, then the values it saves. ``backward`` reads, in this order: the operands in
-    ``saved_operands`` (numbers of the forward's reads), the saved values, the gradients of the results; it writes the
+    ``forward`` writes the region's results, then values that only the backward reads. ``backward`` reads, in this order: the operands in
+    ``saved_operands`` (numbers of the forward's reads), the saved values ``held`` (numbers of the forward's writes: a result that is one
+    is not written twice), the gradients of the results; it writes the
     gradients of the operands in ``wrt``: operand ``wrt[k]`` gets result ``targets[k]`` (operands whose gradients have one formula, such
     as the two terms of a sum, share a tensor); a table's is that of the rows looked up. Where ``targets[k]`` is -1 - r, it is the gradient
     of result r itself. ``backward`` is None where no operand is differentiable.
@@ -108,13 +109,24 @@ class Plan:
     saved_operands: tuple[int, ...]
     wrt: tuple[int, ...]
     targets: tuple[int, ...] = ()
+    held: tuple[int, ...] = ()
 
     @cached_property
     def saved_values(self) -> tuple[str, ...]:
-        """Names of the forward's outputs that only the backward reads."""
-        return tuple(o.name for o, a in zip(self.forward.program.outputs, self.forward.stores) if a.tensor >= self.results)
+        """The names of the forward's outputs that are saved."""
+        return tuple(o.name for o in self._saved)
+
+    @cached_property
+    def saved_stages(self) -> tuple[str, ...]:
+        """The names of the forward's stages that are saved."""
+        return tuple(o.value for o in self._saved)
+
+    @cached_property
+    def _saved(self) -> tuple[Output, ...]:
+        made = {a.tensor: o for o, a in zip(self.forward.program.outputs, self.forward.stores)}
+        return tuple(made[t] for t in self.held)
 
     @cached_property
     def key(self) -> str:
-        text = "\n".join((self.forward.text, self.backward.text if self.backward else "", str(self.wrt)))
+        text = "\n".join((self.forward.text, self.backward.text if self.backward else "", f"{self.wrt} {self.held}"))
         return hashlib.sha256(text.encode()).hexdigest()[:12]

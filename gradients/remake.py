@@ -39,7 +39,7 @@ def _remaking(plan: Plan) -> Remaking | None:
     if plan.backward is None:
         return None
     forward, backward = plan.forward, plan.backward
-    kept = {o.value for o in forward.program.outputs if o.name.startswith("keep_")} & set(backward.program.input)
+    kept = set(plan.saved_stages)
     outputs = [(o, a) for o, a in zip(forward.program.outputs, forward.stores) if a.tensor == 0]
     stages = _stages(forward.program, {o.value for o, _ in outputs}, kept)
     made = backward.program.stage

@@ -33,7 +33,7 @@ class _Call:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self.forward, self.saved, self.results = launcher(plan.forward), plan.saved_operands, plan.results
+        self.forward, self.saved, self.results, self.held = launcher(plan.forward), plan.saved_operands, plan.results, plan.held
         self.backward = launcher(plan.backward) if plan.backward is not None else None
         self.wanted = [(operand + 1, which) for operand, which in zip(plan.wrt, plan.targets)]
         self.tables = [k for k in plan.wrt if plan.forward.reads[k].lookup is not None]
@@ -46,7 +46,7 @@ class _Function(torch.autograd.Function):
         written = call.forward(operands)
         ctx.call = call
         ctx.tables = tables(call.plan, operands) if call.tables else {}
-        ctx.save_for_backward(*[operands[k] for k in call.saved], *written[call.results :])
+        ctx.save_for_backward(*[operands[k] for k in call.saved], *[written[k] for k in call.held])
         return written[0] if call.results == 1 else tuple(written[: call.results])
 
     @staticmethod
@@ -149,7 +149,7 @@ def _fake_backward(reads: list[Tensor], plan: str) -> list[Tensor]:
 def _setup(ctx: Any, inputs: tuple[list[Tensor], str], output: list[Tensor]) -> None:
     operands, key = inputs
     ctx.key, ctx.count, ctx.tables = key, len(operands), tables(PLANS[key], operands)
-    ctx.save_for_backward(*(operands[k] for k in PLANS[key].saved_operands), *output[PLANS[key].results :])
+    ctx.save_for_backward(*(operands[k] for k in PLANS[key].saved_operands), *(output[k] for k in PLANS[key].held))
     ctx.shapes = [(o.shape, o.dtype, o.device) for o in output[: PLANS[key].results]]
 
 

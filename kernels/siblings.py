@@ -117,7 +117,7 @@ def _forward(s: Siblings, tensors: Sequence[Tensor]) -> _Forward:
         x, more, stored = tensors[0], _NOTHING, _NOTHING
     else:
         written = launcher(s.plan.forward)(tensors[: s.reads])
-        x, more, stored = written[0], tuple(written[1 : s.plan.results]), tuple(written[s.plan.results :])
+        x, more, stored = written[0], tuple(written[1 : s.plan.results]), tuple(written[k] for k in s.plan.held)
     rows = _rows(x)
     with _without_autocast(x.device):
         *ys, t, a = s.code(x).forward(rows, *tensors[s.reads :])

@@ -21,6 +21,7 @@ from slothc.gradients.reverse import NotDifferentiable, derive
 from .lift import CannotLift, Lifted
 from .lift_forms import same
 from .lift_loader import STORAGE
+from .regions import VIEWS
 from .saving import saved_stages
 from .sizes import shape_of, size_of
 from .statistics import counts
@@ -30,8 +31,9 @@ from .view import GraphView
 def plan(view: GraphView, lifted: Lifted) -> Plan:
     """The plan of a lifted region. Raises ``CannotLift`` where a gradient or a size has no formula."""
     literal: frozenset[str] = frozenset()
+    lasting = tuple(_lasts(view, node) for node in lifted.results)
     for _ in range(3):
-        made = _symbolic(lifted, _Abstract(view, lifted, literal).run())
+        made = _symbolic(lifted, _Abstract(view, lifted, literal).run(), lasting)
         hidden = _hidden_sizes(made.forward) | (_hidden_sizes(made.backward) if made.backward else frozenset())
         if not hidden:
             return made
@@ -39,25 +41,39 @@ def plan(view: GraphView, lifted: Lifted) -> Plan:
     raise CannotLift(lifted.results[0], "a size that no operand's shape gives")
 
 
-def _symbolic(lifted: Lifted, forward: Pass) -> Plan:
+def _lasts(view: GraphView, node: fx.Node) -> bool:
+    """Whether nobody writes into the result before the backward: not in the graph, and none outside gets it."""
+    waiting, seen = [node], {node}
+    while waiting:
+        for user in waiting.pop().users:
+            if user.op == "output":
+                return False
+            if view.op(user).kind in VIEWS and user not in seen:
+                seen.add(user)
+                waiting.append(user)
+    return not view.mutated(node)
+
+
+def _symbolic(lifted: Lifted, forward: Pass, lasting: tuple[bool, ...]) -> Plan:
     wrt = _wrt(forward)
     if not wrt:
         return Plan(forward, None, len(lifted.results), (), ())
-    if forward.text not in _derived:
-        _derived[forward.text] = _derive(lifted, forward, wrt)
-    return _derived[forward.text]
+    key = (forward.text, lasting)
+    if key not in _derived:
+        _derived[key] = _derive(lifted, forward, wrt, lasting)
+    return _derived[key]
 
 
-_derived: dict[str, Plan] = {}
+_derived: dict[tuple[str, tuple[bool, ...]], Plan] = {}
 
 
-def _derive(lifted: Lifted, forward: Pass, wrt: tuple[int, ...]) -> Plan:
+def _derive(lifted: Lifted, forward: Pass, wrt: tuple[int, ...], lasting: tuple[bool, ...]) -> Plan:
     counts["derived"] += 1
     try:
         backward = derive(forward.program, [i.name for i in forward.program.inputs if i.differentiable])
     except NotDifferentiable as error:
         raise CannotLift(lifted.results[0], str(error)) from None
-    return _joined(forward, backward, wrt)
+    return _joined(forward, backward, wrt, lasting)
 
 
 def _hidden_sizes(p: Pass) -> frozenset[str]:
@@ -212,26 +228,29 @@ class _Numbering:
     cotangents: int
 
 
-def _joined(forward: Pass, backward: Program, wrt: tuple[int, ...]) -> Plan:
-    stored = sorted(saved_stages(forward.program, backward), key=[s.name for s in forward.program.stages].index)
+def _joined(forward: Pass, backward: Program, wrt: tuple[int, ...], lasting: tuple[bool, ...]) -> Plan:
     rounded = {s.name: s.dtype or "fp32" for s in forward.program.stages}
+    whole_results = _whole(forward, rounded, lasting)
+    stored = sorted(saved_stages(forward.program, backward, whole_results.keys()), key=[s.name for s in forward.program.stages].index)
     backward = _reading(backward, {n: Input(n, forward.program.kinds[n], rounded[n], differentiable=False) for n in stored})
     load = dict(zip((i.name for i in forward.program.inputs), forward.loads))
     read = {a.tensor for i in backward.inputs if (a := load.get(i.name)) is not None}
     tables = {t: lookup for t in (*read, *wrt) if (lookup := forward.reads[t].lookup)}
     saved_operands = tuple(sorted(read | {lookup.index for lookup in tables.values()}))
-    held = len(saved_operands)
+    before = len(saved_operands)
     numbering = _Numbering(
-        {t: k for k, t in enumerate(saved_operands)}, {n: held + k for k, n in enumerate(stored)}, held + len(stored)
+        {t: k for k, t in enumerate(saved_operands)}, {n: before + k for k, n in enumerate(stored)}, before + len(stored)
     )
-    extra = [_kept(forward, n, len(forward.writes) + k, rounded[n]) for k, n in enumerate(stored)]
-    outputs = (*forward.program.outputs, *(o for o, _, _ in extra))
+    new = [n for n in stored if n not in whole_results]
+    extra = {n: _kept(forward, n, len(forward.writes) + k, rounded[n]) for k, n in enumerate(new)}
+    outputs = (*forward.program.outputs, *(o for o, _, _ in extra.values()))
     whole = replace(
         forward, program=replace(forward.program, outputs=outputs),
-        stores=(*forward.stores, *(a for _, a, _ in extra)), writes=(*forward.writes, *(t for _, _, t in extra)),
+        stores=(*forward.stores, *(a for _, a, _ in extra.values())), writes=(*forward.writes, *(t for _, _, t in extra.values())),
     )  # fmt: skip
+    kept = {n: whole_results.get(n) or extra[n][1] for n in stored}
+    held = tuple(kept[n].tensor for n in stored)
     store = {f"g_{o.name}": a for o, a in zip(forward.program.outputs, forward.stores)}
-    kept = {n: a for n, (_, a, _) in zip(stored, extra)}
     stores = tuple(_as_access(load[o.name.removeprefix("d_")]) for o in backward.outputs)
     backward = _folding(forward, backward, stores)
     targets, backward, stores = _shared(forward, backward, stores, wrt)
@@ -242,11 +261,22 @@ def _joined(forward: Pass, backward: Program, wrt: tuple[int, ...]) -> Plan:
     leaders = [wrt[targets.index(k)] for k in targets]
     targets = tuple(-1 - passed[t] if t in passed else renumber[t] for t in leaders)
     stores = tuple(Access(renumber[a.tensor], a.index) for a in stores)
-    reads = (*(_renumbered(forward.reads[t], numbering) for t in saved_operands), *(t for _, _, t in extra), *forward.writes)
+    reads = (*(_renumbered(forward.reads[t], numbering) for t in saved_operands), *(whole.writes[t] for t in held), *forward.writes)
     sizes = tuple((n, e) for n, e in forward.sizes if n in backward.input)
     writes = tuple(_gradient_operand(forward, t, stores, k) for k, t in enumerate(first))
     back = Pass(backward, forward.axes, forward.lane, loads, stores, reads, writes, sizes)
-    return Plan(whole, back, len(forward.writes), saved_operands, wrt, targets)
+    return Plan(whole, back, len(forward.writes), saved_operands, wrt, targets, held)
+
+
+def _whole(forward: Pass, rounded: Mapping[str, str], lasting: tuple[bool, ...]) -> dict[str, Access]:
+    """Stages that a result holds, element by element and as they are rounded, with the access to it."""
+    found: dict[str, Access] = {}
+    for o, a in zip(forward.program.outputs, forward.stores):
+        alone = sum(b.tensor == a.tensor for b in forward.stores) == 1 and not forward.writes[a.tensor].complex
+        if alone and lasting[a.tensor] and not o.over_rows and rounded.get(o.value) == forward.writes[a.tensor].dtype:
+            if forward.program.out_kind(o) == forward.program.kinds[o.value]:
+                found.setdefault(o.value, a)
+    return found
 
 
 def _folding(forward: Pass, backward: Program, stores: Sequence[Access]) -> Program:

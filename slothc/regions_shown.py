@@ -55,7 +55,7 @@ def shown(graphs: Iterable[tuple[Rewritten, int]]) -> Iterator[RegionLine]:
 
 def _region(view: GraphView, item: Region, count: int) -> RegionLine:
     plan = item.plan
-    kept = tuple(f"{name} = " for name in plan.saved_values)
+    kept = tuple(f"{name} = " for name, t in zip(plan.saved_values, plan.held) if t >= plan.results)
     forward = "\n".join(line for line in formula(plan.forward).splitlines() if not line.startswith(kept))
     backward = formula(plan.backward, name_scalars=True) if plan.backward else ""
     at = view.location(item.cone.sink)
@@ -86,5 +86,5 @@ def _saved(plan: Plan) -> str:
     if plan.backward is None:
         return "nothing: no gradient"
     alive = [operand_names(plan.forward, k) for k in plan.saved_operands]
-    made = [name.removeprefix("keep_") for name in plan.saved_values]
-    return "; ".join(f"{what}: {', '.join(n)}" for what, n in (("operands", alive), ("values", made)) if n) or "nothing"
+    values = [name.removeprefix("keep_") for name in plan.saved_values]
+    return "; ".join(f"{what}: {', '.join(n)}" for what, n in (("operands", alive), ("values", values)) if n) or "nothing"

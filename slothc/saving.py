@@ -7,7 +7,7 @@ values the backward names flow to the sink, and the cheapest cut is what to save
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 import networkx as nx
 
@@ -15,22 +15,23 @@ from slothc.gradients.program import Kind, Program, Reduce, Stage
 
 BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0}
 SCALAR_BYTES = 4.0 / 256           # one fp32 for each row, spread over a typical row
+WRITTEN = 0.99                     # a result is read, as an operand is, but not written once more
 PASS_BYTES = 0.25                  # recomputing a reduction: a pass over a row that is in registers already
 
 
-def saved_stages(forward: Program, backward: Program) -> set[str]:
-    """The forward stages to store for the backward; everything else is recomputed from the inputs."""
+def saved_stages(forward: Program, backward: Program, results: Set[str] = frozenset()) -> set[str]:
+    """The forward stages to store for the backward; everything else is recomputed from the inputs. ``results`` are in memory anyway."""
     shared = [s for s in backward.stages if s.name in forward.stage and s == forward.stage[s.name]]
     if not shared:
         return set()
-    graph = _network(forward, backward, shared)
+    graph = _network(forward, backward, shared, results)
     if "sink" not in graph:
         return set()
     _, (near, _) = nx.minimum_cut(graph, "source", "sink")
     return {s.name for s in shared if ("in", s.name) in near and ("out", s.name) not in near}
 
 
-def _network(forward: Program, backward: Program, shared: Sequence[Stage]) -> nx.DiGraph:
+def _network(forward: Program, backward: Program, shared: Sequence[Stage], results: Set[str]) -> nx.DiGraph:
     """Values from "source" (what is in memory) to "sink" (the backward's own stages); what a cut goes through is stored."""
     names = {s.name for s in shared}
     graph = nx.DiGraph()
@@ -39,7 +40,8 @@ def _network(forward: Program, backward: Program, shared: Sequence[Stage]) -> nx
             graph.add_edge("source", ("in", i.name))
             graph.add_edge(("in", i.name), ("out", i.name), capacity=_cost(i.kind, i.dtype))
     for s in shared:
-        graph.add_edge(("in", s.name), ("out", s.name), capacity=_cost(forward.kinds[s.name], s.dtype))
+        cost = _cost(forward.kinds[s.name], s.dtype)
+        graph.add_edge(("in", s.name), ("out", s.name), capacity=cost * (WRITTEN if s.name in results else 1.0))
         for x in s.expr.free_symbols:
             graph.add_edge(("out", x.name), ("in", s.name))
         if isinstance(s.value, Reduce):

@@ -151,7 +151,7 @@ class Case:
         values = {f"result {k}": r for k, r in enumerate(written[: plan.results])}
         values |= {f"gradient {k}": torch.zeros_like(arguments[k]) for k in self.wanted(arguments)}
         if plan.backward is not None:
-            reads = [*(operands[k] for k in plan.saved_operands), *written[plan.results :], *cotangents]
+            reads = [*(operands[k] for k in plan.saved_operands), *(written[k] for k in plan.held), *cotangents]
             found = getattr(rowwise.launcher(plan.backward), lowering)(reads)
             for operand, target in zip(plan.wrt, plan.targets):
                 name = f"gradient {self.places[operand]}"

@@ -87,7 +87,7 @@ def _rms_plan(lanes: int) -> Plan:
         (big, small, big),
         (big,),
     )
-    return Plan(fwd, bwd, 1, (0,), (0,))
+    return Plan(fwd, bwd, 1, (0,), (0,), held=(1,))
 
 
 def test_describe_a_plan() -> None:

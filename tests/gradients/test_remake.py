@@ -24,7 +24,7 @@ def test_gradients_stay_and_the_result_comes_again(form: Form) -> None:
     operands = [arguments[k] for k in c.places]
     written = launcher(c.plan.forward)(operands)
     cotangents = [torch.randn_like(w) for w in written[: c.plan.results]]
-    reads = [*(operands[k] for k in c.plan.saved_operands), *written[c.plan.results :], *cotangents]
+    reads = [*(operands[k] for k in c.plan.saved_operands), *(written[k] for k in c.plan.held), *cotangents]
     *gradients, again = launcher(made.backward)([*reads, *(operands[k] for k in made.more)])
     for mine, theirs in zip(gradients, launcher(c.plan.backward)(reads), strict=True):
         assert torch.equal(mine, theirs)

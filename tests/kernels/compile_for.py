@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -69,21 +68,18 @@ def planned(name: str, p: Pass, groups: triton_source.Groups, loop: bool, pieces
 
 
 def tiles() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any], int]]:
-    """joined and summed, for every dtype of the low-rank factors, both layouts of a weight, few and many columns of the factors."""
+    """joined and summed: both layouts of a weight, both dtypes of the low-rank factors, few and many columns of them."""
     blocks = {"BLOCK_M": joined.BLOCK_M, "BLOCK_N": joined.BLOCK_N, "BLOCK_K": joined.BLOCK_K, "GROUP": joined.GROUP, "PROGRAMS": 132}
     m, n, k = joined.BLOCK_M, joined.BLOCK_N, joined.BLOCK_K
-    kernels, dtypes = (joined_kernel.joined, joined_kernel.summed), (("bf16", "bf16"), ("fp32", "fp32"), ("fp32", "bf16"))
-    for kernel, nk, factors, rank in product(kernels, (False, True), dtypes, (16, joined.CHUNK)):
-        values = {**blocks, "RANK": rank, "NK": nk}
-        if "NK" not in kernel.arg_names:
-            if nk:
-                continue
-            del values["NK"]
+    one, many = joined_kernel.joined, joined_kernel.summed
+    cases = ((one, True, "bf16", 16), (one, False, "fp32", joined.CHUNK), (many, False, "bf16", 16), (many, False, "fp32", joined.CHUNK))
+    for kernel, nk, factors, rank in cases:
+        values = {**blocks, "RANK": rank, **({"NK": nk} if "NK" in kernel.arg_names else {})}
         shapes = {"x": (m, k), "w": (n, k) if nk else (k, n), "y": (m, n // 2)}
-        types = dict.fromkeys(kernel.arg_names, "i32") | {"a": POINTER[factors[0]], "b": POINTER[factors[1]], "alpha": "fp32"}
+        types = dict.fromkeys(kernel.arg_names, "i32") | {"a": POINTER[factors], "b": POINTER[factors], "alpha": "fp32"}
         types |= {a: f"tensordesc<bf16{list(shapes[a[0]])}>" for a in kernel.arg_names if a.rstrip("012") in shapes}
         types = {a: "constexpr" if a in values else types[a] for a in kernel.arg_names}
-        name = f"{kernel.__name__} {'nk' if nk else 'kn'} {'x'.join(factors)} {rank}"
+        name = f"{kernel.__name__} {'nk' if nk else 'kn'} {factors} {rank}"
         yield name, kernel, types, values, {"num_warps": 8, "num_stages": joined.STAGES}, HOPPER
 
 

@@ -41,4 +41,4 @@ def _type(name: str, dtype: torch.dtype, mask: int, values: dict[str, Any]) -> s
         return "*u8"
     if name in KEPT:
         return KEPT[name]
-    return "i32" if name.startswith("s") and "_" in name or name in ("H", "TQ", "TK", "window") else POINTER[dtype]
+    return "i32" if (name.startswith("s") and "_" in name) or name in ("H", "TQ", "TK", "window") else POINTER[dtype]

@@ -152,3 +152,31 @@ def test_a_mutated_value_is_in_no_region() -> None:
     assert found.regions
     for region in found.regions:
         assert not any(found.view.mutated(n) for n in region.cone.nodes)
+
+
+def test_a_result_that_goes_on_is_not_written_twice() -> None:
+    """The sum before a norm is in memory for what comes after it: the backward reads that, unless somebody may write into it."""
+    def norm(h: Tensor) -> Tensor:
+        f = h.float()
+        return (f * torch.rsqrt(f.square().mean(-1, keepdim=True) + 1e-6)).to(h.dtype)
+
+    def goes_on(x: Tensor, r: Tensor) -> Tensor:
+        h = x + r
+        return torch.sort(norm(h))[0] @ torch.sort(h)[0].mT
+
+    def leaves(x: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+        h = x + r
+        return norm(h), h
+
+    def written(x: Tensor, r: Tensor) -> Tensor:
+        h = x + r
+        y = torch.sort(norm(h))[0]
+        return y @ torch.sort(h.mul_(2.0))[0].mT
+
+    arguments = [torch.randn(2, 5, 32, dtype=torch.bfloat16).requires_grad_() for _ in range(2)]
+    held = {}
+    for function in (goes_on, leaves, written):
+        for region in found_in(function, arguments).regions:
+            if region.rule == "rms_norm" and region.plan.backward is not None:
+                held[function] = [t < region.plan.results for t in region.plan.held]
+    assert any(held[goes_on]) and not any(held[leaves]) and not any(held.get(written, []))
