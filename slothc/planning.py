@@ -21,7 +21,6 @@ from slothc.gradients.reverse import NotDifferentiable, derive
 from .lift import CannotLift, Lifted
 from .lift_forms import same
 from .lift_loader import STORAGE
-from .regions import VIEWS
 from .saving import saved_stages
 from .sizes import shape_of, size_of
 from .statistics import counts
@@ -31,7 +30,7 @@ from .view import GraphView
 def plan(view: GraphView, lifted: Lifted) -> Plan:
     """The plan of a lifted region. Raises ``CannotLift`` where a gradient or a size has no formula."""
     literal: frozenset[str] = frozenset()
-    lasting = tuple(_lasts(view, node) for node in lifted.results)
+    lasting = tuple(map(view.lasts, lifted.results))
     for _ in range(3):
         made = _symbolic(lifted, _Abstract(view, lifted, literal).run(), lasting)
         hidden = _hidden_sizes(made.forward) | (_hidden_sizes(made.backward) if made.backward else frozenset())
@@ -39,19 +38,6 @@ def plan(view: GraphView, lifted: Lifted) -> Plan:
             return made
         literal |= hidden                                                  # no operand's shape tells these sizes: they stay numbers
     raise CannotLift(lifted.results[0], "a size that no operand's shape gives")
-
-
-def _lasts(view: GraphView, node: fx.Node) -> bool:
-    """Whether nobody writes into the result before the backward: not in the graph, and none outside gets it."""
-    waiting, seen = [node], {node}
-    while waiting:
-        for user in waiting.pop().users:
-            if user.op == "output":
-                return False
-            if view.op(user).kind in VIEWS and user not in seen:
-                seen.add(user)
-                waiting.append(user)
-    return not view.mutated(node)
 
 
 def _symbolic(lifted: Lifted, forward: Pass, lasting: tuple[bool, ...]) -> Plan:

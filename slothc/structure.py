@@ -34,7 +34,7 @@ def structure(view: GraphView, cone: Cone) -> tuple[str, list[fx.Node], list[fx.
         args = ", ".join(name(a) for a in op.args)
         params = ", ".join(f"{k}={_param(v)}" for k, v in sorted(op.params.items()))
         lines.append(f"{place[node]} = {op.kind}({args}; {params}): {_describe(view, node, node in cone.results)}")
-    lines.append("results " + " ".join(place[r] for r in cone.results))
+    lines.append("results " + " ".join(f"{place[r]}{' lasts' if view.lasts(r) else ''}" for r in cone.results))
     return "\n".join(lines), nodes, list(leaves)
 
 

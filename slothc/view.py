@@ -137,6 +137,18 @@ class GraphView:
             self._mutated = self._find_mutated()
         return node in self._mutated
 
+    def lasts(self, node: fx.Node) -> bool:
+        """Whether the node's value stays as it is: nobody writes into it here, and nobody outside the graph gets it."""
+        waiting, seen = [node], {node}
+        while waiting:
+            for user in waiting.pop().users:
+                if user.op == "output":
+                    return False
+                if user not in seen and self.op(user).kind in _MAY_ALIAS:
+                    seen.add(user)
+                    waiting.append(user)
+        return not self.mutated(node)
+
     def child_modules(self) -> Iterator[tuple[fx.Node, fx.GraphModule]]:
         """(the node that calls it, the child graph) for every graph that a higher-order op takes."""
         for node in self.nodes:
