@@ -179,7 +179,9 @@ def tune(shape: Shape, batch: int, tokens: int, device: str, only: str | None) -
                 print(f"| {text} | {type(error).__name__}: {str(error).splitlines()[0][:80]} |", flush=True)
 
 
-def alone(name: str, s: scores.Scoring, given: Any, upstream: Tensor, saved: Any, blocks: Blocks) -> tuple[Callable[[], float], Callable[[], Any]]:
+def alone(
+    name: str, s: scores.Scoring, given: Any, upstream: Tensor, saved: Any, blocks: Blocks
+) -> tuple[Callable[[], float], Callable[[], Any]]:
     """The time of one kernel with these blocks; how many registers it spills."""
     q, k, v = given
     dq, dk, dv, deltas = *(torch.empty_like(t) for t in given), torch.zeros_like(saved[2])

@@ -14,6 +14,7 @@ from .scores_program import triton_functions
 
 SHIFTS = {torch.bfloat16: 8, torch.float16: 5}     # of the bits that rounding takes from fp32, 16 and 13, the first eight are kept
 KEPT = 512
+MOST = 256            # a head's dimension
 
 
 @dataclass(frozen=True)
@@ -29,21 +30,23 @@ class Blocks:
 # the first that fits the device's shared memory is taken: {kernel: {largest head dim: shapes}}, for 16-bit operands
 SHAPES: dict[str, dict[int, tuple[Blocks, ...]]] = {
     "forward": {
-        64: (Blocks(128, 128, 8, 3), Blocks(128, 64, 4, 3), Blocks(64, 64, 4, 2), Blocks(64, 32, 4, 1)),
-        128: (Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 2), Blocks(64, 64, 4, 2), Blocks(64, 32, 4, 2), Blocks(64, 32, 4, 1)),
-        256: (Blocks(128, 64, 8, 2), Blocks(128, 32, 8, 2), Blocks(64, 32, 4, 2), Blocks(64, 16, 4, 1), Blocks(32, 32, 4, 1)),
+        64: (Blocks(128, 128, 8, 3), Blocks(128, 64, 4, 3), Blocks(64, 64, 4, 2)),
+        128: (Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 2), Blocks(64, 64, 4, 2)),
+        256: (Blocks(128, 64, 8, 2), Blocks(128, 32, 8, 2), Blocks(64, 32, 4, 2)),
     },
     "to_queries": {
-        64: (Blocks(128, 64, 8, 2), Blocks(64, 64, 4, 2), Blocks(64, 32, 4, 1)),
-        128: (Blocks(128, 64, 8, 2), Blocks(64, 64, 4, 2), Blocks(64, 32, 4, 2), Blocks(64, 32, 4, 1), Blocks(32, 32, 4, 1)),
-        256: (Blocks(64, 64, 8, 2), Blocks(64, 32, 4, 2), Blocks(64, 32, 4, 1), Blocks(32, 32, 4, 1), Blocks(16, 16, 4, 1)),
+        64: (Blocks(128, 64, 8, 2), Blocks(64, 64, 4, 2)),
+        128: (Blocks(128, 64, 8, 2), Blocks(64, 64, 4, 2), Blocks(64, 32, 4, 2)),
+        256: (Blocks(64, 64, 8, 2), Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 1)),
     },
     "to_keys": {
-        64: (Blocks(64, 128, 8, 2), Blocks(64, 64, 4, 2), Blocks(32, 64, 4, 1)),
-        128: (Blocks(64, 128, 8, 2), Blocks(64, 64, 4, 2), Blocks(32, 64, 4, 2), Blocks(32, 64, 4, 1), Blocks(32, 32, 4, 1)),
-        256: (Blocks(64, 64, 8, 2), Blocks(32, 64, 4, 2), Blocks(32, 64, 4, 1), Blocks(32, 32, 4, 1), Blocks(16, 16, 4, 1)),
+        64: (Blocks(64, 128, 8, 2), Blocks(64, 64, 4, 2)),
+        128: (Blocks(64, 128, 8, 2), Blocks(64, 64, 4, 2), Blocks(32, 64, 4, 2)),
+        256: (Blocks(64, 64, 8, 2), Blocks(32, 64, 4, 2), Blocks(32, 32, 4, 1)),
     },
-}  # fmt: skip
+}
+SMALL = {64: (Blocks(64, 32, 4, 1), Blocks(32, 32, 4, 1)), 128: (Blocks(32, 32, 4, 1),), 256: (Blocks(16, 16, 4, 1),)}
+SMALL_MEMORY = 64 << 10
 # fp32 products are exact, on the ordinary cores
 WIDE_SHAPES = (Blocks(32, 32, 4, 1), Blocks(16, 16, 4, 1))
 chosen: dict[tuple[str, int, int], Blocks] = {}    # what a benchmark, or a launch that did not fit, puts in place of a table's line
@@ -63,7 +66,8 @@ def shared(name: str, b: Blocks, width: int, size: int) -> int:
 
 def shapes(name: str, width: int, size: int, memory: int) -> list[Blocks]:
     """The block shapes to try, best first. ``memory``: bytes of shared memory that a program may have."""
-    table = WIDE_SHAPES if size > 2 else next(s for most, s in SHAPES[name].items() if width <= 2 * most)
+    tables = {MOST: WIDE_SHAPES} if size > 2 else SMALL if memory <= SMALL_MEMORY else SHAPES[name]
+    table = next(s for most, s in tables.items() if width <= 2 * most)
     fitting = [b for b in table if shared(name, b, width, size) <= memory]
     return fitting or [table[-1]]
 
