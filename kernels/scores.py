@@ -23,7 +23,7 @@ from slothc.gradients.vocabulary import Chain
 from torch import Tensor
 
 from .once import once_differentiable
-from .scores_launch import KEPT, MOST, Form, Kernel
+from .scores_launch import KEPT, MOST, PARTS, Form, Kernel, keyed
 from .scores_rows import backward_rows, forward_rows
 from .tracing import traced
 from .triton_launch import available
@@ -180,8 +180,8 @@ def _backward(
     form, flags = s.form(mask, None), _bytes(mask, q)
     run = _kernel("to_queries", form, s.window, q, k, v, flags, (out, upstream, dq))
     run(q, k, v, flags, out, low, upstream, tops, inverses, deltas, dq)
-    if to_keys:
-        run = _kernel("to_keys", form, s.window, q, k, v, flags, (upstream, dk, dv))
+    for name in keyed((q.shape[3], v.shape[3])) if to_keys else ():
+        run = _kernel(name, form, s.window, q, k, v, flags, (upstream, dk, dv))
         run(q, k, v, flags, upstream, tops, inverses, deltas, dk, dv)
 
 
@@ -217,8 +217,8 @@ def _kernel(name: str, form: Form, window: int, q: Tensor, k: Tensor, v: Tensor,
         while len(_kernels) >= KEPT:
             _kernels.pop(next(iter(_kernels)))
         (b, h, tq, d), (kv, tk), dv = q.shape, k.shape[1:3], v.shape[3]
-        heads = kv if name == "to_keys" else h
-        before = 1 if name != "to_keys" else 0                              # the result's strides come before the mask's
+        heads = kv if name in PARTS else h
+        before = 0 if name in PARTS else 1                              # the result's strides come before the mask's
         strides = [n for t in (q, k, v, *more[:before]) for n in t.stride()[:3]]
         strides += mask.stride() if form.mask else (0, 0, 0, 0)
         strides += [n for t in more[before:] for n in t.stride()[:3]]

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from slothc.kernels import scores_launch
-from slothc.kernels.scores_launch import Form, block, constants, shapes
+from slothc.kernels.scores_launch import Form, block, constants, keyed, shapes
 
 MEMORY = {"75": 64 << 10, "80": 163 << 10, "90": 227 << 10, "gfx942": 64 << 10}
 POINTER = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
@@ -24,7 +24,7 @@ def kernels(arch: str) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any
     half = torch.float16 if arch == "75" else torch.bfloat16
     for dtype, cases in ((half, CASES), (torch.float32, CASES[:2])):
         for chain, kind, mask, sink, dims, wide in cases:
-            for name in ("forward", "to_queries", "to_keys"):
+            for name in ("forward", "to_queries", *keyed(dims), *(("to_values", "to_keys") if dims[0] == 256 else ())):
                 kernel = scores_launch._kernel(name)
                 b = shapes(name, block(dims[0]) + block(dims[1]), dtype.itemsize, MEMORY[arch])[0]
                 values = constants(name, Form(chain, kind, mask, sink), dtype, 2, wide, dims, b)

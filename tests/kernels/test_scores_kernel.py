@@ -98,6 +98,7 @@ CASES = {
     "an odd chain": Case(chain=ODD),
     "one query": Case(q=1, k=70, chain=CAP),
     "wide heads": Case(q=20, k=20, dim=96, value=128, batch=1),
+    "the widest": Case(q=20, k=33, heads=1, dim=130, value=144, batch=1, chain=CAP),
 }
 
 
@@ -209,11 +210,18 @@ def test_a_row_without_keys_is_nan(how: str, request: pytest.FixtureRequest, mon
 @pytest.mark.parametrize("blocks", [(16, 64), (64, 16), (32, 128)], ids=str)
 def test_any_block_shape(blocks: tuple[int, int], request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     lowered("triton", request, monkeypatch)
-    for name in ("forward", "to_queries", "to_keys"):
+    for name in ("forward", "to_queries", "to_both"):
         monkeypatch.setitem(scores_launch.chosen, (name, 32, 4), Blocks(*blocks, 4, 1))
     monkeypatch.setattr(scores, "_kernels", {})
     for case in (Case(q=90, k=90, kind="sliding_window", window=37), Case(q=90, k=90, kind="causal"), Case(q=90, k=50, mask="bias")):
         hold([three(case, 0, torch.float32)], torch.float32)
+
+
+def test_dk_and_dv_apart(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    lowered("triton", request, monkeypatch)
+    monkeypatch.setattr(scores_launch, "TOGETHER", 16)
+    for case in (Case(chain=CAP, kind="causal", heads=4, groups=2), Case(q=33, k=47, mask="shut flags")):
+        hold([three(case, seed, torch.float32) for seed in range(2)], torch.float32)
 
 
 @pytest.mark.parametrize("trained", [s for n in (1, 2) for s in itertools.combinations(range(4), n)], ids=str)

@@ -110,8 +110,8 @@ def flags(self: Attend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 FOUND: dict[Callable[..., Tensor], tuple[str, str]] = {
     cap: (CAPPED, "causal"), cap_window: (CAPPED, "sliding_window"), sink: ("fp32; mul 0.3 fp32", "sliding_window"),
-    sink_alone: ("fp32", "none"), alibi: ("fp32; div 5.0 fp32; tanh fp32; mul 5.0 fp32", "other"), bias: ("fp32; clamp -2.0 2.0 fp32", "other"),
-    flags: ("fp32; sigmoid fp32", "other"),
+    sink_alone: ("fp32", "none"), alibi: ("fp32; div 5.0 fp32; tanh fp32; mul 5.0 fp32", "other"),
+    bias: ("fp32; clamp -2.0 2.0 fp32", "other"), flags: ("fp32; sigmoid fp32", "other"),
 }  # fmt: skip
 
 
