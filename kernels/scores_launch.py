@@ -30,7 +30,7 @@ class Blocks:
 # the first that fits the device's shared memory is taken: {kernel: {largest head dim: shapes}}, for 16-bit operands
 SHAPES: dict[str, dict[int, tuple[Blocks, ...]]] = {
     "forward": {
-        64: (Blocks(128, 128, 8, 3), Blocks(128, 64, 4, 3), Blocks(64, 64, 4, 2)),
+        64: (Blocks(128, 64, 8, 3), Blocks(64, 64, 4, 2)),
         128: (Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 2), Blocks(64, 64, 4, 2)),
         256: (Blocks(128, 64, 8, 2), Blocks(128, 32, 8, 2), Blocks(64, 32, 4, 2)),
     },
