@@ -39,9 +39,11 @@ TRIED = {
         256: "64.64.8.2 64.64.4.2 64.64.8.1 64.32.4.2 64.32.4.1 64.32.4.3 64.32.8.3 128.64.8.1 128.32.8.1 128.32.8.2 32.64.4.2",
         128: "128.64.8.2 128.64.8.1 128.64.8.3 64.64.4.2 64.64.4.3 128.32.4.2 128.32.8.3 64.128.8.2 128.128.8.1 64.32.4.3",
     },
-    "to_keys": {
-        256: "64.64.8.2 64.64.8.1 64.64.4.1 32.64.8.2 32.64.4.2 32.64.8.3 32.64.4.1 32.128.8.1 64.128.8.1 32.32.4.2 16.64.4.3",
-        128: "64.128.8.2 64.128.8.1 64.64.4.2 64.64.8.2 32.128.8.2 32.128.8.3 32.64.4.3 64.64.4.1 128.128.8.1 32.128.4.2",
+    "to_values": {256: "64.64.8.2 64.128.8.1 64.128.8.2 32.128.8.2 32.128.8.3 32.64.8.3 64.64.4.1 32.64.4.2 128.64.8.1 32.64.4.3"},
+    "to_keys": {256: "64.64.8.2 64.64.8.1 32.64.8.2 32.64.8.3 64.128.8.1 32.128.8.1 32.128.8.2 64.64.4.1 32.64.4.2 16.128.8.3"},
+    "to_both": {
+        256: "32.64.8.3 32.64.8.2 32.64.8.1 64.64.8.2 64.64.8.1 16.64.8.3 16.64.8.2 16.128.8.2 32.128.8.1 32.64.4.2",
+        128: "64.128.8.2 64.128.8.1 64.64.4.2 64.64.8.2 32.128.8.2 32.128.8.3 32.64.4.3 64.64.4.1 64.64.8.1 32.64.8.3",
     },
 }  # fmt: skip
 """Queries, keys, warps and stages."""
@@ -166,8 +168,8 @@ def tune(shape: Shape, batch: int, tokens: int, device: str, only: str | None) -
     s = scores.Scoring(shape.chain, "causal")
     saved = scores.forward(s, q, k, v, None, None)
     flops = 2 * batch * shape.heads * tokens**2 * shape.dim
-    for name, count in (("forward", 1.0), ("to_queries", 1.5), ("to_keys", 2.0)):
-        if only and name not in only:
+    for name, count in (("forward", 1.0), ("to_queries", 1.5), ("to_values", 1.0), ("to_keys", 1.5), ("to_both", 2.0)):
+        if (only and name not in only) or block(shape.dim) not in TRIED[name]:
             continue
         print(f"\n{shape.name}: {name}\n| queries.keys.warps.stages | ms | TFLOP/s | spills |\n| --- | --- | --- | --- |")
         for text in TRIED[name][block(shape.dim)].split():
@@ -179,7 +181,9 @@ def tune(shape: Shape, batch: int, tokens: int, device: str, only: str | None) -
                 print(f"| {text} | {type(error).__name__}: {str(error).splitlines()[0][:80]} |", flush=True)
 
 
-def alone(name: str, s: scores.Scoring, given: Any, upstream: Tensor, saved: Any, blocks: Blocks) -> tuple[Callable[[], float], Callable[[], Any]]:
+def alone(
+    name: str, s: scores.Scoring, given: Any, upstream: Tensor, saved: Any, blocks: Blocks
+) -> tuple[Callable[[], float], Callable[[], Any]]:
     """The time of one kernel with these blocks; how many registers it spills."""
     q, k, v = given
     dq, dk, dv, deltas = *(torch.empty_like(t) for t in given), torch.zeros_like(saved[2])
@@ -187,8 +191,8 @@ def alone(name: str, s: scores.Scoring, given: Any, upstream: Tensor, saved: Any
     more, operands = {
         "forward": ((out,), (q, *saved)),
         "to_queries": ((out, upstream, dq), (out, low, upstream, tops, inverses, deltas, dq)),
-        "to_keys": ((upstream, dk, dv), (upstream, tops, inverses, deltas, dk, dv)),
-    }[name]
+        "to_both": ((upstream, dk, dv), (upstream, tops, inverses, deltas, dk, dv)),
+    }["to_both" if name in scores_launch.PARTS else name]
     scores._kernels.clear()
     scores_launch.chosen[name, 2 * block(q.shape[3]), q.dtype.itemsize] = blocks
     try:
@@ -209,13 +213,16 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--tune", action="store_true")
-    parser.add_argument("--only", help="kernels to tune: forward,to_queries,to_keys")
+    parser.add_argument("--only", help="kernels to tune: forward,to_queries,to_values,to_keys,to_both")
     parser.add_argument("--shape", help="the shape whose name holds this")
     parser.add_argument("--tanh", choices=["exact", "quick", "approx"], help="how the soft-cap's tanh is computed")
+    parser.add_argument("--apart", action="store_true", help="dk and dv by two kernels")
     a = parser.parse_args()
     torch.manual_seed(0)
     if a.tanh:
         scores_launch.tanh = lambda dtype: a.tanh
+    if a.apart:
+        scores_launch.TOGETHER = 0
     for shape in SHAPES:
         if a.shape and a.shape.lower() not in shape.name.lower():
             continue

@@ -15,13 +15,17 @@ SHUT = tl.constexpr(-1e30)                   # any score added to it is lost: as
 
 
 @triton.jit
-def _rows(base, at, stride, dims, END, DIM: tl.constexpr, BLOCK: tl.constexpr, EDGE: tl.constexpr):
-    """[at, dims] of a matrix with ``END`` rows and ``DIM`` columns, zeros beyond."""
-    place = base + at[:, None] * stride + dims[None, :]
+def _rows(base, start, stride, dims, END, DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, EDGE: tl.constexpr):
+    """ROWS rows from ``start`` of a matrix with ``END`` rows and ``DIM`` columns, zeros beyond.
+
+    What differs between a loop's turns is a number, not an address for each thread: those would fill the registers.
+    """
+    row = tl.arange(0, ROWS)[:, None]
+    place = base + tl.cast(start, tl.int64) * stride + (row * stride + dims[None, :])
     if DIM != BLOCK:
-        return tl.load(place, mask=(at[:, None] < END) & (dims[None, :] < DIM), other=0.0)
+        return tl.load(place, mask=(row < END - start) & (dims[None, :] < DIM), other=0.0)
     if EDGE:
-        return tl.load(place, mask=at[:, None] < END, other=0.0)
+        return tl.load(place, mask=row < END - start, other=0.0)
     return tl.load(place)
 
 
@@ -76,21 +80,14 @@ def _key_spans(start, TK, window, KIND: tl.constexpr, BLOCK_M: tl.constexpr, BLO
 
 
 @triton.jit
-def _row_spans(start, TQ, window, KIND: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The same for queries of BLOCK_N keys from ``start``."""
+def _row_span(start, TQ, window, KIND: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(first, end): queries for BLOCK_N keys from ``start``."""
     first, end = 0, TQ
-    edge = TQ // BLOCK_M * BLOCK_M
-    full = 0
     if KIND > 0:
         first = tl.minimum(start, TQ) // BLOCK_M * BLOCK_M
-        full = tl.minimum(tl.cdiv(start + BLOCK_N - 1, BLOCK_M), tl.cdiv(TQ, BLOCK_M)) * BLOCK_M
     if KIND == 2:
         end = tl.minimum(TQ, start + BLOCK_N - 1 + window)
-        edge = tl.minimum(edge, (start + window) // BLOCK_M * BLOCK_M)
-    if KIND > 0:
-        full = tl.maximum(tl.minimum(full, tl.cdiv(end, BLOCK_M) * BLOCK_M), first)
-        edge = tl.maximum(edge, full)
-    return first, full, edge, end
+    return first, end
 
 
 @triton.jit
@@ -100,7 +97,7 @@ def _attend(acc, top, total, rounded, queries, k, v, mask, rows, lo, hi, sk_t, s
     dims, dims_v = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
     for start in range(lo, hi, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N).to(rows.dtype)
-        x = tl.dot(queries, _rows(k, keys, sk_t, dims, TK, DIM, BLOCK_D, EDGE).T, input_precision=PRECISION)
+        x = tl.dot(queries, _rows(k, start, sk_t, dims, TK, DIM, BLOCK_D, BLOCK_N, EDGE).T, input_precision=PRECISION)
         y = _masked(VALUE(x), rows[:, None], keys[None, :], mask, sm_q, sm_k, TQ, TK, window, KIND, MASK, EDGE)
         new = tl.maximum(top, tl.max(y, 1))
         base = tl.where(new == -float("inf"), 0.0, new)
@@ -109,7 +106,7 @@ def _attend(acc, top, total, rounded, queries, k, v, mask, rows, lo, hi, sk_t, s
         low = p.to(v.dtype.element_ty)
         total = total * alpha + tl.sum(p, 1)
         rounded = rounded * alpha + tl.sum(low.to(tl.float32), 1)
-        values = _rows(v, keys, sv_t, dims_v, TK, DIM_V, BLOCK_V, EDGE)
+        values = _rows(v, start, sv_t, dims_v, TK, DIM_V, BLOCK_V, BLOCK_N, EDGE)
         acc = tl.dot(low, values, acc * alpha[:, None], input_precision=PRECISION)
         top = new
     return acc, top, total, rounded
@@ -135,7 +132,7 @@ def forward(q, k, v, mask, sinks, out, low, tops, inverses,
     rows = start + tl.arange(0, BLOCK_M)
     if WIDE:
         rows = rows.to(tl.int64)
-    queries = _rows(q + b * sq_b + h * sq_h, rows, sq_t, tl.arange(0, BLOCK_D), TQ, DIM, BLOCK_D, True)
+    queries = _rows(q + b * sq_b + h * sq_h, start, sq_t, tl.arange(0, BLOCK_D), TQ, DIM, BLOCK_D, BLOCK_M, True)
     acc = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
     top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
@@ -175,8 +172,8 @@ def _to_queries(acc, queries, upstream, top, inverse, delta, k, v, mask, rows, l
     dims, dims_v = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
     for start in range(lo, hi, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N).to(rows.dtype)
-        kt = _rows(k, keys, sk_t, dims, TK, DIM, BLOCK_D, EDGE)
-        values = _rows(v, keys, sv_t, dims_v, TK, DIM_V, BLOCK_V, EDGE)
+        kt = _rows(k, start, sk_t, dims, TK, DIM, BLOCK_D, BLOCK_N, EDGE)
+        values = _rows(v, start, sv_t, dims_v, TK, DIM_V, BLOCK_V, BLOCK_N, EDGE)
         y, slope = BOTH(tl.dot(queries, kt.T, input_precision=PRECISION))
         y = _masked(y, rows[:, None], keys[None, :], mask, sm_q, sm_k, TQ, TK, window, KIND, MASK, EDGE)
         p = tl.exp2(y - top[:, None]) * inverse[:, None]
@@ -206,17 +203,17 @@ def to_queries(q, k, v, mask, out, low, upstream, tops, inverses, deltas, dq,
         rows = rows.to(tl.int64)
     ok = rows < TQ
     dims, dims_v = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
-    grads = _rows(upstream + b * su_b + h * su_h, rows, su_t, dims_v, TQ, DIM_V, BLOCK_V, True)
-    whole = _rows(out + b * so_b + h * so_h, rows, so_t, dims_v, TQ, DIM_V, BLOCK_V, True).to(tl.float32)
+    grads = _rows(upstream + b * su_b + h * su_h, start, su_t, dims_v, TQ, DIM_V, BLOCK_V, BLOCK_M, True)
+    whole = _rows(out + b * so_b + h * so_h, start, so_t, dims_v, TQ, DIM_V, BLOCK_V, BLOCK_M, True).to(tl.float32)
     if SHIFT > 0:
-        lost = _rows(low + b * so_b + h * so_h, rows, so_t, dims_v, TQ, DIM_V, BLOCK_V, True).to(tl.int32)
+        lost = _rows(low + b * so_b + h * so_h, start, so_t, dims_v, TQ, DIM_V, BLOCK_V, BLOCK_M, True).to(tl.int32)
         whole = (whole.to(tl.int32, bitcast=True) + (lost << SHIFT)).to(tl.float32, bitcast=True)
     delta = tl.sum(grads.to(tl.float32) * whole, 1)
     at = head.to(tl.int64) * TQ + rows
     tl.store(deltas + at, delta, mask=ok)
     top = tl.load(tops + at, mask=ok, other=0.0)
     inverse = tl.load(inverses + at, mask=ok, other=0.0)
-    queries = _rows(q + b * sq_b + h * sq_h, rows, sq_t, dims, TQ, DIM, BLOCK_D, True)
+    queries = _rows(q + b * sq_b + h * sq_h, start, sq_t, dims, TQ, DIM, BLOCK_D, BLOCK_M, True)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     first, full, edge, end = _key_spans(start, TK, window, KIND, BLOCK_M, BLOCK_N)
     if KIND == 2:
@@ -232,38 +229,17 @@ def to_queries(q, k, v, mask, out, low, upstream, tops, inverses, deltas, dq,
     _store(dq + b * sd_b + h * sd_h, rows, sd_t, dims, TQ, acc.to(dq.dtype.element_ty), DIM)
 
 
-@triton.jit
-def _to_keys(dk, dv, kt, values, q, upstream, tops, inverses, deltas, mask, keys, lo, hi, sq_t, su_t, sm_q, sm_k, TQ, TK, window,
-             BOTH: tl.constexpr, KIND: tl.constexpr, MASK: tl.constexpr, EDGE: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
-             BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Transposed: keys down, queries across. Rows beyond the last query have ``inverse`` 0."""
-    dims, dims_v = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
-    for start in range(lo, hi, BLOCK_M):
-        rows = start + tl.arange(0, BLOCK_M).to(keys.dtype)
-        ok = rows < TQ
-        queries = _rows(q, rows, sq_t, dims, TQ, DIM, BLOCK_D, EDGE)
-        grads = _rows(upstream, rows, su_t, dims_v, TQ, DIM_V, BLOCK_V, EDGE)
-        y, slope = BOTH(tl.dot(kt, queries.T, input_precision=PRECISION))
-        y = _masked(y, rows[None, :], keys[:, None], mask, sm_q, sm_k, TQ, TK, window, KIND, MASK, EDGE)
-        top = tl.load(tops + rows, mask=ok, other=float("inf"))
-        inverse = tl.load(inverses + rows, mask=ok, other=0.0)
-        delta = tl.load(deltas + rows, mask=ok, other=0.0)
-        p = tl.exp2(y - top[None, :]) * inverse[None, :]
-        dv = tl.dot(p.to(grads.dtype), grads, dv, input_precision=PRECISION)
-        dp = tl.dot(values, grads.T, input_precision=PRECISION)
-        dx = _cut(p * (dp - delta[None, :]) * slope, rows[None, :], keys[:, None], mask, sm_q, sm_k, TQ, TK, MASK)
-        dk = tl.dot(dx.to(queries.dtype), queries, dk, input_precision=PRECISION)
-    return dk, dv
-
-
 @triton.jit(do_not_specialize=["H", "TQ", "TK", "window"])
 def to_keys(q, k, v, mask, upstream, tops, inverses, deltas, dk, dv,
             sq_b, sq_h, sq_t, sk_b, sk_h, sk_t, sv_b, sv_h, sv_t, sm_b, sm_h, sm_q, sm_k, su_b, su_h, su_t,
             sd_b, sd_h, sd_t, se_b, se_h, se_t, H, TQ, TK, window,
-            BOTH: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, MASK: tl.constexpr,
+            BOTH: tl.constexpr, WHICH: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, MASK: tl.constexpr,
             WIDE: tl.constexpr, PRECISION: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
             BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
-    """dk = dx^T q and dv = p^T upstream, summed over the GROUP query heads that read a key head. ``H``: key heads."""
+    """dk = dx^T q and dv = p^T upstream, summed over the GROUP query heads that read a key head. Keys down, queries across; H key heads.
+
+    WHICH: 1 dv, 2 dk, 3 both. What is not asked for is a block of one element, and what only it reads is not read.
+    """
     blocks = tl.cdiv(TK, BLOCK_N)
     start = tl.program_id(0) % blocks * BLOCK_N
     head = tl.program_id(0) // blocks
@@ -272,27 +248,38 @@ def to_keys(q, k, v, mask, upstream, tops, inverses, deltas, dk, dv,
     if WIDE:
         keys = keys.to(tl.int64)
     dims, dims_v = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
-    kt = _rows(k + b * sk_b + g * sk_h, keys, sk_t, dims, TK, DIM, BLOCK_D, True)
-    values = _rows(v + b * sv_b + g * sv_h, keys, sv_t, dims_v, TK, DIM_V, BLOCK_V, True)
-    to_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    to_v = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
-    first, full, edge, end = _row_spans(start, TQ, window, KIND, BLOCK_M, BLOCK_N)
-    for member in range(GROUP):
-        h = g * GROUP + member
-        at = (b * H * GROUP + h) * TQ
-        queries, grads, flags = q + b * sq_b + h * sq_h, upstream + b * su_b + h * su_h, mask + b * sm_b + h * sm_h
-        if KIND > 0:
-            to_k, to_v = _to_keys(
-                to_k, to_v, kt, values, queries, grads, tops + at, inverses + at, deltas + at, flags, keys, first, full,
-                sq_t, su_t, sm_q, sm_k, TQ, TK, window,
-                BOTH, KIND, MASK, True, DIM, DIM_V, BLOCK_D, BLOCK_V, BLOCK_M, PRECISION)  # fmt: skip
-        to_k, to_v = _to_keys(
-            to_k, to_v, kt, values, queries, grads, tops + at, inverses + at, deltas + at, flags, keys, full, edge,
-            sq_t, su_t, sm_q, sm_k, TQ, TK, window,
-            BOTH, KIND, MASK, False, DIM, DIM_V, BLOCK_D, BLOCK_V, BLOCK_M, PRECISION)  # fmt: skip
-        to_k, to_v = _to_keys(
-            to_k, to_v, kt, values, queries, grads, tops + at, inverses + at, deltas + at, flags, keys, edge, end,
-            sq_t, su_t, sm_q, sm_k, TQ, TK, window,
-            BOTH, KIND, MASK, True, DIM, DIM_V, BLOCK_D, BLOCK_V, BLOCK_M, PRECISION)  # fmt: skip
-    _store(dk + b * sd_b + g * sd_h, keys, sd_t, dims, TK, to_k.to(dk.dtype.element_ty), DIM)
-    _store(dv + b * se_b + g * se_h, keys, se_t, dims_v, TK, to_v.to(dv.dtype.element_ty), DIM_V)
+    kt = _rows(k + b * sk_b + g * sk_h, start, sk_t, dims, TK, DIM, BLOCK_D, BLOCK_N, True)
+    values = kt
+    if WHICH != 1:
+        values = _rows(v + b * sv_b + g * sv_h, start, sv_t, dims_v, TK, DIM_V, BLOCK_V, BLOCK_N, True)
+    to_k = tl.zeros((BLOCK_N if WHICH != 1 else 1, BLOCK_D if WHICH != 1 else 1), tl.float32)
+    to_v = tl.zeros((BLOCK_N if WHICH != 2 else 1, BLOCK_V if WHICH != 2 else 1), tl.float32)
+    first, end = _row_span(start, TQ, window, KIND, BLOCK_M, BLOCK_N)
+    turns = tl.cdiv(tl.maximum(end - first, 0), BLOCK_M)
+    for turn in range(GROUP * turns):                                     # one loop over heads and queries: nothing is loaded anew between
+        h = g * GROUP + turn // turns
+        first_row = first + turn % turns * BLOCK_M
+        rows = first_row + tl.arange(0, BLOCK_M)
+        if WIDE:
+            rows = rows.to(tl.int64)
+        ok = rows < TQ                                                    # beyond, the inverse is 0
+        at = (b * H * GROUP + h) * TQ + rows
+        queries = _rows(q + b * sq_b + h * sq_h, first_row, sq_t, dims, TQ, DIM, BLOCK_D, BLOCK_M, True)
+        grads = _rows(upstream + b * su_b + h * su_h, first_row, su_t, dims_v, TQ, DIM_V, BLOCK_V, BLOCK_M, True)
+        y, slope = BOTH(tl.dot(kt, queries.T, input_precision=PRECISION))
+        flags = mask + b * sm_b + h * sm_h
+        y = _masked(y, rows[None, :], keys[:, None], flags, sm_q, sm_k, TQ, TK, window, KIND, MASK, KIND > 0)
+        top = tl.load(tops + at, mask=ok, other=float("inf"))
+        inverse = tl.load(inverses + at, mask=ok, other=0.0)
+        p = tl.exp2(y - top[None, :]) * inverse[None, :]
+        if WHICH != 2:
+            to_v = tl.dot(p.to(grads.dtype), grads, to_v, input_precision=PRECISION)
+        if WHICH != 1:
+            delta = tl.load(deltas + at, mask=ok, other=0.0)
+            dp = tl.dot(values, grads.T, input_precision=PRECISION)
+            dx = _cut(p * (dp - delta[None, :]) * slope, rows[None, :], keys[:, None], flags, sm_q, sm_k, TQ, TK, MASK)
+            to_k = tl.dot(dx.to(queries.dtype), queries, to_k, input_precision=PRECISION)
+    if WHICH != 1:
+        _store(dk + b * sd_b + g * sd_h, keys, sd_t, dims, TK, to_k.to(dk.dtype.element_ty), DIM)
+    if WHICH != 2:
+        _store(dv + b * se_b + g * se_h, keys, se_t, dims_v, TK, to_v.to(dv.dtype.element_ty), DIM_V)

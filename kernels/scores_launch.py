@@ -14,6 +14,7 @@ from .scores_program import triton_functions
 
 SHIFTS = {torch.bfloat16: 8, torch.float16: 5}     # of the bits that rounding takes from fp32, 16 and 13, the first eight are kept
 KEPT = 512
+MOST = 256            # a head's dimension
 
 
 @dataclass(frozen=True)
@@ -29,21 +30,27 @@ class Blocks:
 # the first that fits the device's shared memory is taken: {kernel: {largest head dim: shapes}}, for 16-bit operands
 SHAPES: dict[str, dict[int, tuple[Blocks, ...]]] = {
     "forward": {
-        64: (Blocks(128, 128, 8, 3), Blocks(128, 64, 4, 3), Blocks(64, 64, 4, 2), Blocks(64, 32, 4, 1)),
-        128: (Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 2), Blocks(64, 64, 4, 2), Blocks(64, 32, 4, 2), Blocks(64, 32, 4, 1)),
-        256: (Blocks(128, 64, 8, 2), Blocks(128, 32, 8, 2), Blocks(64, 32, 4, 2), Blocks(64, 16, 4, 1), Blocks(32, 32, 4, 1)),
+        64: (Blocks(128, 64, 8, 3), Blocks(64, 64, 4, 2)),
+        128: (Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 2), Blocks(64, 64, 4, 2)),
+        256: (Blocks(128, 64, 8, 2), Blocks(128, 32, 8, 2), Blocks(64, 32, 4, 2)),
     },
     "to_queries": {
-        64: (Blocks(128, 64, 8, 2), Blocks(64, 64, 4, 2), Blocks(64, 32, 4, 1)),
-        128: (Blocks(128, 64, 8, 2), Blocks(64, 64, 4, 2), Blocks(64, 32, 4, 2), Blocks(64, 32, 4, 1), Blocks(32, 32, 4, 1)),
-        256: (Blocks(64, 64, 8, 2), Blocks(64, 32, 4, 2), Blocks(64, 32, 4, 1), Blocks(32, 32, 4, 1), Blocks(16, 16, 4, 1)),
+        64: (Blocks(128, 64, 8, 2), Blocks(64, 64, 4, 2)),
+        128: (Blocks(128, 64, 8, 2), Blocks(64, 64, 4, 2), Blocks(64, 32, 4, 2)),
+        256: (Blocks(64, 64, 8, 2), Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 1)),
     },
-    "to_keys": {
-        64: (Blocks(64, 128, 8, 2), Blocks(64, 64, 4, 2), Blocks(32, 64, 4, 1)),
-        128: (Blocks(64, 128, 8, 2), Blocks(64, 64, 4, 2), Blocks(32, 64, 4, 2), Blocks(32, 64, 4, 1), Blocks(32, 32, 4, 1)),
-        256: (Blocks(64, 64, 8, 2), Blocks(32, 64, 4, 2), Blocks(32, 64, 4, 1), Blocks(32, 32, 4, 1), Blocks(16, 16, 4, 1)),
+    "to_both": {
+        64: (Blocks(64, 128, 8, 2), Blocks(64, 64, 4, 2)),
+        128: (Blocks(64, 128, 8, 2), Blocks(64, 64, 8, 2), Blocks(32, 64, 4, 2)),
+        256: (Blocks(32, 64, 8, 3), Blocks(32, 64, 8, 2), Blocks(32, 32, 4, 1)),
     },
-}  # fmt: skip
+    "to_keys": {256: (Blocks(64, 64, 8, 2), Blocks(32, 64, 8, 2), Blocks(32, 32, 4, 1))},
+    "to_values": {256: (Blocks(64, 64, 8, 2), Blocks(32, 64, 8, 2), Blocks(32, 32, 4, 1))},
+}
+SMALL = {64: (Blocks(64, 32, 4, 1), Blocks(32, 32, 4, 1)), 128: (Blocks(32, 32, 4, 1),), 256: (Blocks(16, 16, 4, 1),)}
+SMALL_MEMORY = 64 << 10
+PARTS = {"to_values": 1, "to_keys": 2, "to_both": 3}
+TOGETHER = 512        # columns of a query and a value up to which one kernel makes dk and dv; beyond, two make the scores once more
 # fp32 products are exact, on the ordinary cores
 WIDE_SHAPES = (Blocks(32, 32, 4, 1), Blocks(16, 16, 4, 1))
 chosen: dict[tuple[str, int, int], Blocks] = {}    # what a benchmark, or a launch that did not fit, puts in place of a table's line
@@ -56,14 +63,16 @@ def block(dim: int) -> int:
 
 def shared(name: str, b: Blocks, width: int, size: int) -> int:
     """About how many bytes of shared memory a program takes: ``width`` columns of a query and a value together, ``size`` bytes each."""
-    kept = {"forward": b.m * width // 2, "to_queries": b.m * width, "to_keys": b.n * width}[name]
-    moving = (b.m if name == "to_keys" else b.n) * width * b.stages
+    rows, across = (b.n, b.m) if name in PARTS else (b.m, b.n)
+    kept = rows * width // (2 if name in ("forward", "to_values") else 1)
+    moving = across * width * b.stages
     return (kept + moving + (b.m * b.n if name != "forward" else 0)) * size
 
 
 def shapes(name: str, width: int, size: int, memory: int) -> list[Blocks]:
     """The block shapes to try, best first. ``memory``: bytes of shared memory that a program may have."""
-    table = WIDE_SHAPES if size > 2 else next(s for most, s in SHAPES[name].items() if width <= 2 * most)
+    tables = {MOST: WIDE_SHAPES} if size > 2 else SMALL if memory <= SMALL_MEMORY else SHAPES[name]
+    table = next(s for most, s in tables.items() if width <= 2 * most)
     fitting = [b for b in table if shared(name, b, width, size) <= memory]
     return fitting or [table[-1]]
 
@@ -95,11 +104,17 @@ def constants(name: str, form: Form, dtype: torch.dtype, group: int, wide: bool,
     """The kernel's compile-time arguments in the order of its signature, then the compiler's options."""
     value, both = triton_functions(form.chain, tanh(dtype))
     found: dict[str, Any] = {"VALUE": value} if name == "forward" else {"BOTH": both}
+    found |= {"WHICH": PARTS[name]} if name in PARTS else {}
     found |= {"GROUP": group, "KIND": form.kind, "MASK": form.mask}
     found |= {"SINK": form.sink} if name == "forward" else {}
-    found |= {"SHIFT": SHIFTS.get(dtype, 0)} if name != "to_keys" else {}
+    found |= {"SHIFT": SHIFTS.get(dtype, 0)} if name not in PARTS else {}
     found |= {"WIDE": wide, "PRECISION": "ieee", "DIM": dims[0], "DIM_V": dims[1], "BLOCK_D": block(dims[0]), "BLOCK_V": block(dims[1])}
     return found | {"BLOCK_M": b.m, "BLOCK_N": b.n, "num_warps": b.warps, "num_stages": b.stages, "enable_fp_fusion": True}
+
+
+def keyed(dims: tuple[int, int]) -> tuple[str, ...]:
+    """The kernels for the gradients of keys and values."""
+    return ("to_both",) if block(dims[0]) + block(dims[1]) <= TOGETHER else ("to_values", "to_keys")
 
 
 class Kernel:
@@ -120,7 +135,7 @@ class Kernel:
 
     def _direct(self) -> Direct:
         b = self.tried[0]
-        rows, by = (self.tk, b.n) if self.name == "to_keys" else (self.tq, b.m)
+        rows, by = (self.tk, b.n) if self.name in PARTS else (self.tq, b.m)
         options = constants(self.name, *self.parts, b)
         return Direct(_kernel(self.name), (-(-rows // by) * self.heads,), self.numbers, options, self.device)
 
@@ -139,4 +154,4 @@ class Kernel:
 def _kernel(name: str) -> Any:
     from . import scores_kernel
 
-    return getattr(scores_kernel, name)
+    return getattr(scores_kernel, "to_keys" if name in PARTS else name)

@@ -20,8 +20,8 @@ from .triton_source import HEADER, HELPERS
 
 LOG2E = sp.Float("1.4426950408889634074", 20)
 X = symbol("x")
-# For 16-bit scores, whose rounding by eager is far larger. quick: within 1e-7 of tanh, absolutely, from one exponential; approx: within 2^-11,
-# relatively, from one instruction of NVIDIA's from sm_75 on.
+# For 16-bit scores, whose rounding by eager is far larger. quick: within 1e-7 of tanh, absolutely, from one exponential; approx: within
+# 2^-11, relatively, from one instruction of NVIDIA's from sm_75 on.
 QUICK: Mapping[str, str] = {**TRITON, "tanh": "(1.0 - 2.0 / (1.0 + tl.exp2(2.8853900817779268 * {0})))"}
 APPROX: Mapping[str, str] = {
     **TRITON, "tanh": 'tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [{0}], dtype=tl.float32, is_pure=True, pack=1)'

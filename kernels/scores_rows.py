@@ -52,15 +52,16 @@ def whole(rounded: Tensor, low: Tensor) -> Tensor:
 
 
 def backward_rows(
-    s: Any, upstream: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, saved: tuple[Tensor, ...], into: tuple[Tensor, ...]
-) -> Tensor:
-    """Fills ``into`` (dq, dk, dv); the result is delta [batch, head, query]."""
+    s: Any, upstream: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, saved: tuple[Tensor, ...], into: tuple[Tensor, ...],
+    deltas: Tensor,
+) -> None:  # fmt: skip
+    """Fills ``into`` (dq, dk, dv) and ``deltas`` [batch, head, query]."""
     _, both = torch_functions(s.chain)
     out, low, tops, inverses = saved
     dq, dk, dv = into
     keys, values = (_repeated(t, q.shape[1]) for t in (k, v))
     to_k, to_v = torch.zeros_like(keys), torch.zeros_like(values)
-    deltas = (upstream.float() * whole(out, low)).sum(-1)
+    torch.sum(upstream.float() * whole(out, low), -1, out=deltas)
     for rows in _blocks(q, k):
         queries, grads = q[:, :, rows].float(), upstream[:, :, rows].float()
         y, slope = both(queries @ keys.transpose(2, 3))
@@ -74,7 +75,6 @@ def backward_rows(
     group = q.shape[1] // k.shape[1]
     dk.copy_(to_k.unflatten(1, (-1, group)).sum(2))
     dv.copy_(to_v.unflatten(1, (-1, group)).sum(2))
-    return deltas
 
 
 def _blocks(q: Tensor, k: Tensor) -> Iterator[slice]:

@@ -25,3 +25,20 @@ def scored(q: Tensor, k: Tensor, v: Tensor, steps: Steps, parts: Sequence[Tensor
         scores = torch.cat((scores, column), -1)
     weights = torch.softmax(scores, -1, torch.promote_types(scores.dtype, torch.float32))
     return (weights if sinks is None else weights[..., :-1]).to(v.dtype) @ v
+
+
+def written(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, sinks: Tensor | None = None, *, chain: str, kind: str = "none",
+    window: int = 0, fill: float = float("-inf"), swapped: bool = True,
+) -> Tensor:  # fmt: skip
+    """``scores.attend``, written out."""
+    steps: list[tuple[str, float]] = []
+    parts: list[Tensor] = []
+    if mask is not None:
+        steps.append(("keep" if mask.dtype is torch.bool else "add", fill))
+        parts.append(mask)
+    if kind != "none":
+        i, j = torch.arange(q.shape[2], device=q.device)[:, None], torch.arange(k.shape[2], device=q.device)
+        steps.append(("keep", float("-inf")))
+        parts.append((j <= i) & (j > i - window) if kind == "sliding_window" else j <= i)
+    return scored(q, k, v, steps, parts, chain, sinks)

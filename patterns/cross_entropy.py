@@ -239,9 +239,9 @@ def _check_linear(view: View, head: _Head, labels: fx.Node) -> tuple[fx.Node, fx
     devices = {view.value(n).device for n in (hidden, weight, bias, labels) if isinstance(n, fx.Node)}
     if len(devices) > 1:
         raise _Stop(f"operands are on several devices: {', '.join(sorted(map(str, devices)))}")
-    for step, _, _ in head.steps:
-        if view.value(step).dtype not in DTYPES:
-            raise _Stop(f"a logit is {view.value(step).dtype} on its way to the loss")
+    for taken, _, _ in head.steps:
+        if view.value(taken).dtype not in DTYPES:
+            raise _Stop(f"a logit is {view.value(taken).dtype} on its way to the loss")
     return hidden, weight, bias
 
 

@@ -2,10 +2,10 @@
 
     out[b,h,i,:] = sum_j softmax_j(f(q[b,h,i,:].k[b,h,j,:]) + mask[b,h,i,j]) v[b,h,j,:]
 
-The scores and their softmax are what costs: queries x keys numbers, several times over. Between the two products every step is one of:
-a pointwise step of the score alone (together the chain f: a scale, a soft-cap), a tensor to add, a number where a condition does not hold, a
-column that is the same for every query of a head and is dropped after the softmax (a sink), the row's maximum to subtract (softmax does not
-see it), a cast.
+The scores and their softmax are what costs: queries x keys numbers, several times over. Between the two products every step is one
+of: a pointwise step of the score alone (together the chain f: a scale, a soft-cap), a tensor to add, a number where a condition does not
+hold, a column that is the same for every query of a head and is dropped after the softmax (a sink), the row's maximum to subtract (softmax
+does not see it), a cast.
 
 scaled_dot_product_attention has a word for a scale and a mask. Where there is more, and in 16 bits, a kernel of our own is needed: the
 backward of a library's, dS = P (dP - rowsum(dP P)), takes the row sum from the rounded result, and where weights are nearly alike the

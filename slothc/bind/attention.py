@@ -14,12 +14,12 @@ from torch import fx
 from torch.utils._python_dispatch import _disable_current_modes
 
 from slothc.kernels.attention import Kind, additive, attention, blind, classify, written_out
-from slothc.kernels.scores import attend
 from slothc.kernels.scores_written import scored
 from slothc.patterns.mask import Cone, Facts, as_function, find
 from slothc.patterns.rule import Match
 
 from .masks import GIVEN, Announced, DataMask, SizeMask, Verdict, observable
+from .proof import attended
 from .replacement import Replacement
 
 LARGEST_TRIAL = 1 << 27  # mask elements: larger ones that depend on data are not tried out at compile time
@@ -80,9 +80,11 @@ class Scored(Attention):
         q, k, v = (t.to(self.dtype) for t in (q, k, v))                       # what autocast does before each product
         sinks = None if sinks is None else sinks.reshape(-1)
         verdict = self._verdict(leaves, q.shape[-2], k.shape[-2])
-        run = partial(attend, q, k, v, sinks=sinks, chain=self.chain, swapped=self.swapped)
-        if verdict.kind.name in ("none", "causal", "sliding_window"):
-            return run(kind=verdict.kind.name, window=verdict.kind.window or 0)
+        name = verdict.kind.name
+        if name != "other":
+            window = verdict.kind.window or 0
+            return attended(q, k, v, None, sinks, chain=self.chain, kind=name, window=window, swapped=self.swapped)
+        run = partial(attended, q, k, v, sinks=sinks, chain=self.chain, kind="none", swapped=self.swapped)
         parts = leaves if self.judge is None else (verdict.mask,)
         if len(self.steps) == 1:
             (kind, value), (part,) = self.steps[0], parts

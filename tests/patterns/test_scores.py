@@ -92,6 +92,12 @@ def windowed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.where(seen, q @ k.mT, LEAST).softmax(-1) @ v
 
 
+def hidden_beyond(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A condition that says which keys are hidden, not which are seen."""
+    i = torch.arange(q.shape[2])
+    return (q @ k.mT).masked_fill((i[None, :] > i[:, None]) | (i[None, :] <= i[:, None] - 4), LEAST).softmax(-1) @ v
+
+
 def sloped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """ALiBi: a slope for each head, and a causal mask."""
     i = torch.arange(q.shape[2])
@@ -106,7 +112,7 @@ def scaled_after(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 WORDS: dict[Callable[..., Tensor], str] = {
     plain: "none", upcast: "causal", kept: "causal", dropped: "causal", upper: "causal", shifted: "causal", shifted_pair: "causal",
-    turned: "none", grouped: "causal", windowed: "sliding_window", sloped: "other", scaled_after: "causal",
+    turned: "none", grouped: "causal", windowed: "sliding_window", hidden_beyond: "sliding_window", sloped: "other", scaled_after: "causal",
 }  # fmt: skip
 
 
@@ -128,6 +134,7 @@ def gradients(function: Callable[..., Tensor], given: list[Tensor]) -> list[Tens
     return [out.detach(), *torch.autograd.grad(out, given, made)]
 
 
+@pytest.mark.filterwarnings("error::slothc.errors.RegionDropped")
 @pytest.mark.parametrize("function", WORDS, ids=lambda f: f.__name__)
 def test_it_is_found_and_equal(function: Callable[..., Tensor]) -> None:
     given = heads()
