@@ -32,24 +32,26 @@ Run = Callable[..., Sequence[Any]]
 
 
 class Recording:
-    """``forward(given)`` replays; ``fixed``: the numbers of the inputs that are read where they are.
+    """``forward(given)`` replays; ``fixed``: the numbers of the inputs that are read where they are, ``moving``: of those copied.
 
-    ``wanted``: the places whose gradients come in. ``lend``: large gradients are given out without a copy; see ``returned``.
+    ``wanted``: the places whose gradients come in. ``whole``: all of what is fixed may be read in the backward. ``lend``: large gradients
+    may be given out without a copy; who replays next asks ``returned`` first.
     """
 
     def __init__(
-        self, run: Run, given: Sequence[Any], fixed: Sequence[int], wanted: frozenset[Place], recorder: Recorder, whole: bool
-    ) -> None:
+        self, run: Run, given: Sequence[Any], fixed: Sequence[int], moving: Sequence[int], wanted: frozenset[Place], recorder: Recorder,
+        whole: bool, lend: bool,
+    ) -> None:  # fmt: skip
         self.run, self.recorder, self.fixed = run, recorder, list(fixed)
         self.pointers, self.trained = place_of(given, fixed)
-        self.moving = [k for k, v in enumerate(given) if isinstance(v, Tensor) and k not in set(fixed)]
+        self.moving = list(moving)
         self.slots = [_slot(given[k]) for k in self.moving]
         self.leaves = [k for k, v in enumerate(given) if isinstance(v, Tensor) and v.requires_grad]
         self.autocast = _autocast(given[self.leaves[0]].device.type)
         self.mark = torch.empty(0)
         self.unforeseen = 0                                               # backward passes of another kind
         self.twice = False
-        self.spent = True
+        self.spent, self.lend, self.lent = True, lend, False
         self._record(given, wanted, whole)
 
     # recording ---------------------------------------------------------------------------------------------------------------------------
@@ -99,15 +101,14 @@ class Recording:
         others = {t.untyped_storage().data_ptr() for t in (*self.upstream, *self.outputs)}
         fixed = set(self.fixed)
         own = [
-            g is not None and k in fixed and memory.count(m) == 1 and m not in others and g.numel() == g.untyped_storage().nbytes() // g.itemsize
+            g is not None and k in fixed and memory.count(m) == 1 and m not in others and g.nbytes == g.untyped_storage().nbytes()
             for g, k, m in zip(self.gradients, self.leaves, memory)
         ]
         size = sum(g.nbytes for g, mine in zip(self.gradients, own) if mine and g is not None)
-        self.lend = size > LENT
+        self.lend = self.lend and size > LENT
         self.lendable = own
         self.storages = [g.untyped_storage() for g, mine in zip(self.gradients, own) if mine and g is not None]
         self.references = [_references(s) for s in self.storages]
-        self.lent = False
 
     # replaying ---------------------------------------------------------------------------------------------------------------------------
     def forward(self, given: Sequence[Any]) -> tuple[tuple[Any, ...], Pending]:
@@ -143,14 +144,10 @@ class Recording:
         return [None if g is None else next(copied) if copy else g.detach() for g, copy in zip(self.gradients, out)]
 
     def returned(self) -> bool:
-        """Whether nobody has a lent gradient any more; waits for who may still be reading one on another stream.
-
-        Where somebody kept one (accumulation, ``zero_grad(set_to_none=False)``), gradients are copied out from now on.
-        """
+        """Whether nobody has a lent gradient any more; waits for who may still be reading one on another stream."""
         if not self.lent:
             return True
         if any(_references(s) > n for s, n in zip(self.storages, self.references)):
-            self.lend = False
             return False
         self.recorder.settle()
         self.lent = False
@@ -160,7 +157,6 @@ class Recording:
         """The gradients by running the graph as it is, with a graph of their own where one is asked for."""
         create = torch.is_grad_enabled()
         self.twice = self.twice or create
-        self.unforeseen += not create
         given = pending.given
         arguments = list(given) if create else self._arguments(given)
         if create:
@@ -199,6 +195,7 @@ class Pending:
         r, keep = self.recording, torch._C._autograd._get_current_graph_task_keep_graph()
         self.check()
         foreseen = {k for k, g in enumerate(incoming) if g is not None} <= set(r.incoming)
+        r.unforeseen += not foreseen
         if torch.is_grad_enabled() or not foreseen or (r.spent and not r.returned()):
             found = r.again(self, incoming)
         else:
