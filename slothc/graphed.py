@@ -32,6 +32,7 @@ from .statistics import counts
 WARM = 2               # ordinary calls with a backward before a signature is recorded
 RECORDED = 8           # signatures of one graph: each has memory for what it reads and returns
 MOVES = 4              # how often a graph's parameters may move to other memory before it is left alone
+COPIED = 64 << 20      # bytes of buffers that are replaced from step to step, and then copied in every step
 SEEN = 64              # signatures that are counted
 _warned: set[str] = set()
 
@@ -196,7 +197,7 @@ class Graphed:
         return self._record(signature, given)
 
     def _in_place(self, given: Sequence[Any]) -> bool:
-        """Whether the fixed inputs are where they were. What moved and is not trained is copied from here on."""
+        """Whether the fixed inputs are where they were. Buffers that moved are copied from here on."""
         now, before = place_of(given, self.fixed), self.places
         if now == before:
             return True
@@ -207,7 +208,7 @@ class Graphed:
         if self.moves > MOVES:
             self.closed = True
             _say("its parameters move to other memory again and again")
-        elif moved and len(moved) < len(self.fixed) and not any(given[k].requires_grad for k in moved):
+        elif moved and not any(isinstance(given[k], torch.nn.Parameter) for k in moved) and sum(given[k].nbytes for k in moved) <= COPIED:
             self.fixed = [k for k in self.fixed if k not in set(moved)]
             self._sort(self.count)
             self.places = None
@@ -293,7 +294,7 @@ def _watched() -> bool:
         return True
     if c._len_torch_dispatch_stack() or torch.is_anomaly_enabled() or torch.is_inference_mode_enabled():
         return True
-    if compiled_autograd.compiled_autograd_enabled:
+    if getattr(compiled_autograd, "compiled_autograd_enabled", False):
         return True
     if c._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
         return True
