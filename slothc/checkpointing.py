@@ -17,7 +17,8 @@ from .spellings import target_name
 
 RANDOM = {
     "rand", "randn", "randint", "rand_like", "randn_like", "randint_like", "randperm", "bernoulli", "bernoulli_", "multinomial", "normal",
-    "normal_", "uniform_", "exponential_", "geometric_", "cauchy_", "log_normal_", "random_", "rrelu", "rrelu_", "gumbel_softmax", "poisson",
+    "normal_", "uniform_", "exponential_", "geometric_", "cauchy_", "log_normal_", "random_", "rrelu", "rrelu_", "gumbel_softmax",
+    "poisson",
 }  # fmt: skip
 
 
@@ -50,9 +51,9 @@ def draws(module: fx.GraphModule) -> bool:
 def _draws(node: fx.Node) -> bool:
     name = target_name(node).rsplit(".", 1)[-1]
     if "scaled_dot_product" in name:
-        return node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0.0) != 0.0
+        return bool(node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0.0) != 0.0)
     if "dropout" in name:
         probability = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5)
         training = node.kwargs.get("training", node.args[2] if len(node.args) > 2 else True)
-        return probability != 0.0 and training is not False
-    return name in RANDOM or getattr(node.target, "dropout_p", 0.0) != 0.0
+        return bool(probability != 0.0) and training is not False
+    return name in RANDOM or bool(getattr(node.target, "dropout_p", 0.0) != 0.0)

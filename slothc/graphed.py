@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dynamo import compiled_autograd
 from torch.utils._device import DeviceContext
 from torch.utils.hooks import unserializable_hook
 
@@ -23,13 +24,15 @@ from .checkpointing import checkpointed
 from .errors import NotGraphed
 from .lazy_logits import LazyLogits
 from .outputs import MADE, PLAIN, Place, Unrecordable, apart
-from .recordable import device_of, obstacle
+from .recordable import device_of, is_number, obstacle
 from .recording import Pending, Recording, place_of
+from .spellings_call import example
 from .statistics import counts
 
 WARM = 2               # ordinary calls with a backward before a signature is recorded
 RECORDED = 8           # signatures of one graph: each has memory for what it reads and returns
 MOVES = 4              # how often a graph's parameters may move to other memory before it is left alone
+COPIED = 64 << 20      # bytes of buffers that are replaced from step to step, and then copied in every step
 SEEN = 64              # signatures that are counted
 _warned: set[str] = set()
 
@@ -84,7 +87,8 @@ class Graphed:
     def __init__(self, module: fx.GraphModule, device: torch.device) -> None:
         self.module, self.device, self.run = module, device, module.forward
         inputs = [n for n in module.graph.nodes if n.op == "placeholder"]
-        self.fixed = [k for k, n in enumerate(inputs) if n.meta.get("tensor_dict", {}).get("_dynamo_static_input_type")]
+        self.fixed = [k for k, n in enumerate(inputs) if _fixed(n)]
+        self.numbers = {k for k, n in enumerate(inputs) if is_number(n)}
         self._sort(len(inputs))
         self.whole = any(n.target is checkpointed for n in module.graph.nodes)
         self.recorder: recorder.Recorder | None = None
@@ -92,6 +96,7 @@ class Graphed:
         self.pending: Callable[[], Pending | None] = lambda: None
         self.closed = False
         self.places: Any = None
+        self.lend = True
         self.moves = -1                                                   # where they are first is no move
         self.stream: int | None = None
         self.lock = threading.Lock()
@@ -131,7 +136,7 @@ class Graphed:
             torch._C._get_mem_efficient_sdp_enabled(), torch._C._get_math_sdp_enabled(), torch._C._get_cudnn_sdp_enabled(),
         ]  # fmt: skip
         for k in self.moving:
-            value = given[k]
+            value = given[k].item() if k in self.numbers else given[k]
             if isinstance(value, Tensor):
                 if type(value) not in PLAIN or value.device != self.device or value.layout != torch.strided:
                     return None
@@ -146,7 +151,11 @@ class Graphed:
     def _replayed(self, signature: _Signature, given: Sequence[Any]) -> Any:
         """The outputs, or None where the call is to run ordinarily."""
         pending = self.pending()
-        if (pending is not None and not pending.done) or not self._returned():
+        if pending is not None and not pending.done:
+            return None
+        if not all(s.recording is None or s.recording.returned() for s in self.signatures.values()):
+            self.lend = False                                             # accumulation, say: copied out from now on
+            self._drop()
             return None
         found = self._recording(signature, given)
         if found is None or found.recorder.capturing() or found.recorder.stream() != self.stream:
@@ -155,8 +164,12 @@ class Graphed:
         self.pending = weakref.ref(pending)
         return outputs
 
-    def _returned(self) -> bool:
-        return all(s.recording is None or s.recording.returned() for s in self.signatures.values())
+    def _drop(self) -> None:
+        """No recordings any more. What was lent stays whole: nothing writes to it, and a pool gives no memory away that is alive."""
+        if self.recorder is not None:
+            self.recorder.settle()
+        for s in self.signatures.values():
+            s.restart()
 
     def _recording(self, signature: _Signature, given: Sequence[Any]) -> Recording | None:
         """The signature's recording, made now if it is time; None if it is not."""
@@ -165,35 +178,37 @@ class Graphed:
             return None
         found = signature.recording
         if found is not None and found.twice:
-            return self._close(signature, "its gradients are differentiated again")
+            self._close(signature, "its gradients are differentiated again")
+            return None
         if found is not None and found.unforeseen >= WARM:
             signature.restart()
             signature.restarts += 1
             if signature.restarts > MOVES:
-                return self._close(signature, "which outputs have gradients changes again and again")
+                self._close(signature, "which outputs have gradients changes again and again")
+                return None
             return None
         if found is not None:
             return found
         if signature.calls < WARM:
             return None
         if sum(s.recording is not None for s in self.signatures.values()) >= RECORDED:
-            return self._close(signature, f"more than {RECORDED} signatures of one graph")
+            self._close(signature, f"more than {RECORDED} signatures of one graph")
+            return None
         return self._record(signature, given)
 
     def _in_place(self, given: Sequence[Any]) -> bool:
-        """Whether the fixed inputs are where they were. What moved and is not trained is copied from here on."""
+        """Whether the fixed inputs are where they were. Buffers that moved are copied from here on."""
         now, before = place_of(given, self.fixed), self.places
         if now == before:
             return True
         self.places = now
-        for s in self.signatures.values():
-            s.restart()
+        self._drop()
         moved = [k for k, a, b in zip(self.fixed, before[0], now[0]) if a != b] if before is not None else []
         self.moves += 1
         if self.moves > MOVES:
             self.closed = True
             _say("its parameters move to other memory again and again")
-        elif moved and len(moved) < len(self.fixed) and not any(given[k].requires_grad for k in moved):
+        elif moved and not any(isinstance(given[k], torch.nn.Parameter) for k in moved) and sum(given[k].nbytes for k in moved) <= COPIED:
             self.fixed = [k for k in self.fixed if k not in set(moved)]
             self._sort(self.count)
             self.places = None
@@ -206,13 +221,16 @@ class Graphed:
         if self.recorder.capturing():
             return None
         self.stream = self.recorder.stream()
+        moving = [k for k in self.moving if isinstance(given[k], Tensor) and k not in self.numbers]
         try:
-            signature.recording = Recording(self.run, given, self.fixed, signature.wanted, self.recorder, self.whole)
+            signature.recording = Recording(self.run, given, self.fixed, moving, signature.wanted, self.recorder, self.whole, self.lend)
         except Unrecordable as error:
-            return self._close(signature, str(error))
+            self._close(signature, str(error))
+            return None
         except Exception as error:
             self.recorder = None                                          # a pool that a failed capture has seen is not used again
-            return self._close(signature, f"{type(error).__name__}: {error}".splitlines()[0])
+            self._close(signature, f"{type(error).__name__}: {error}".splitlines()[0])
+            return None
         return signature.recording
 
     def _close(self, signature: _Signature, reason: str) -> None:
@@ -235,7 +253,7 @@ class Graphed:
         except Unrecordable as error:
             self._close(signature, str(error))
             return outputs
-        signature.noticed = noticed = set()
+        signature.noticed = noticed = set[Place]()
         for k, o in enumerate(outputs):
             if isinstance(o, LazyLogits):
                 if o.grad_fn is not None:
@@ -245,7 +263,7 @@ class Graphed:
         return outputs
 
     def _unfit(self, given: Sequence[Any]) -> str | None:
-        tensors = [v for v in given if isinstance(v, Tensor)]
+        tensors = [v for k, v in enumerate(given) if isinstance(v, Tensor) and k not in self.numbers]
         if any(t.is_inference() for t in tensors):
             return "an input is an inference tensor"
         for t in tensors:
@@ -254,6 +272,11 @@ class Graphed:
             if t.device != self.device:
                 return f"an input is on {t.device}"
         return None
+
+
+def _fixed(node: fx.Node) -> bool:
+    """Whether an input is a module's own: it stays where it is, as far as Dynamo knows."""
+    return bool(node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type")) or isinstance(example(node), torch.nn.Parameter)
 
 
 def _noting(noticed: set[Place], places: list[Place]) -> Callable[[Any], None]:
@@ -270,6 +293,8 @@ def _watched() -> bool:
     if c._current_graph_task_id() != -1 or c._autograd._top_saved_tensors_default_hooks(True) is not None:
         return True
     if c._len_torch_dispatch_stack() or torch.is_anomaly_enabled() or torch.is_inference_mode_enabled():
+        return True
+    if getattr(compiled_autograd, "compiled_autograd_enabled", False):
         return True
     if c._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
         return True

@@ -73,7 +73,7 @@ def apart(outputs: Sequence[Any], arguments: Sequence[Any]) -> tuple[Layout, lis
         if id(t) not in seen:
             if type(t) not in PLAIN:
                 raise Unrecordable(f"an output is a {type(t).__name__}")
-            if _memory(t) in shared:
+            if not place[1] and _memory(t) in shared:                     # nobody writes to what lazy logits are made of
                 raise Unrecordable("an output shares memory with an input or another output")
             if any(stride == 0 and size > 1 for stride, size in zip(t.stride(), t.shape)):
                 raise Unrecordable("an output is expanded")

@@ -31,6 +31,14 @@ def device_of(module: fx.GraphModule) -> torch.device | None:
     return next((d for d in devices if d.type not in ("cpu", "meta")), devices[0] if devices else None)
 
 
+def is_number(node: fx.Node) -> bool:
+    """Whether an input is a number that Dynamo hands over as a tensor: on the CPU, and nothing reads it but ``item``."""
+    value = example(node)
+    if node.op != "placeholder" or not isinstance(value, torch.Tensor) or value.dim() or value.device.type != "cpu":
+        return False
+    return bool(node.users) and all(target_name(u).rsplit(".", 1)[-1] == "item" for u in node.users)
+
+
 def obstacle(module: fx.GraphModule, device: torch.device) -> str | None:
     """Why ``module`` cannot be recorded on ``device``, with the place; None if nothing is known against it."""
     for part in [m for m in module.modules() if isinstance(m, fx.GraphModule)]:
@@ -42,6 +50,8 @@ def obstacle(module: fx.GraphModule, device: torch.device) -> str | None:
 
 
 def _against(module: fx.GraphModule, node: fx.Node, device: torch.device) -> str | None:
+    if is_number(node) or (node.all_input_nodes and all(map(is_number, node.all_input_nodes))):
+        return None
     values = list(_tensors(node))
     found = attribute(module, node)
     values += [found] if isinstance(found, torch.Tensor) else []
@@ -50,10 +60,10 @@ def _against(module: fx.GraphModule, node: fx.Node, device: torch.device) -> str
         return f"a value on {other}"
     if any(_unbacked(s) for t in values for s in t.shape) or _unbacked(example(node)):
         return "a size that depends on values"
-    return _call_against(node, values) if node.op.startswith("call") else None
+    return _call_against(module, node) if node.op.startswith("call") else None
 
 
-def _call_against(node: fx.Node, values: list[torch.Tensor]) -> str | None:
+def _call_against(module: fx.GraphModule, node: fx.Node) -> str | None:
     target, name = node.target, target_name(node).rsplit(".", 1)[-1]
     if isinstance(target, HigherOrderOperator):
         return None if name in NESTED else f"the operation {name}"
@@ -66,7 +76,7 @@ def _call_against(node: fx.Node, values: list[torch.Tensor]) -> str | None:
     if name in STATE:
         return f"{name}, which sets the state of random numbers,"
     if target is checkpointed and isinstance(node.args[0], fx.Node):
-        body: Any = attribute(node.graph.owning_module, node.args[0])
+        body: Any = attribute(module, node.args[0])
         if not isinstance(body, fx.GraphModule) or draws(body):
             return "a checkpoint that draws random numbers"
     return None

@@ -84,6 +84,7 @@ class CudaRecorder:
         except RuntimeError:
             with contextlib.suppress(RuntimeError):                       # the end of a broken capture skips what follows it
                 torch._C._cuda_endAllocateToPool(self.index, self.pool)
+                torch._C._cuda_releasePool(self.index, self.pool)         # nor does the graph's end give its memory back
             empty = torch.cuda.CUDAGraph()                                # a whole capture sets the generators' state right
             empty.capture_begin(capture_error_mode="thread_local")
             torch.zeros(1, device=self.device)

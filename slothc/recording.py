@@ -32,24 +32,26 @@ Run = Callable[..., Sequence[Any]]
 
 
 class Recording:
-    """``forward(given)`` replays; ``fixed``: the numbers of the inputs that are read where they are.
+    """``forward(given)`` replays; ``fixed``: the numbers of the inputs that are read where they are, ``moving``: of those copied.
 
-    ``wanted``: the places whose gradients come in. ``lend``: large gradients are given out without a copy; see ``returned``.
+    ``wanted``: the places whose gradients come in. ``whole``: all of what is fixed may be read in the backward. ``lend``: large gradients
+    may be given out without a copy; who replays next asks ``returned`` first.
     """
 
     def __init__(
-        self, run: Run, given: Sequence[Any], fixed: Sequence[int], wanted: frozenset[Place], recorder: Recorder, whole: bool
-    ) -> None:
+        self, run: Run, given: Sequence[Any], fixed: Sequence[int], moving: Sequence[int], wanted: frozenset[Place], recorder: Recorder,
+        whole: bool, lend: bool,
+    ) -> None:  # fmt: skip
         self.run, self.recorder, self.fixed = run, recorder, list(fixed)
         self.pointers, self.trained = place_of(given, fixed)
-        self.moving = [k for k, v in enumerate(given) if isinstance(v, Tensor) and k not in set(fixed)]
+        self.moving = list(moving)
         self.slots = [_slot(given[k]) for k in self.moving]
         self.leaves = [k for k, v in enumerate(given) if isinstance(v, Tensor) and v.requires_grad]
         self.autocast = _autocast(given[self.leaves[0]].device.type)
         self.mark = torch.empty(0)
         self.unforeseen = 0                                               # backward passes of another kind
         self.twice = False
-        self.spent = True
+        self.spent, self.lend, self.lent = True, lend, False
         self._record(given, wanted, whole)
 
     # recording ---------------------------------------------------------------------------------------------------------------------------
@@ -83,7 +85,7 @@ class Recording:
             with torch.autocast(given[self.leaves[0]].device.type, enabled=False):
                 self.gradients, self._backward = self.recorder.record(backward)
         self.watched = [k for k in self.fixed if whole or given[k].untyped_storage().data_ptr() in saved]
-        self._plan_gradients()
+        self._plan_copies()
         counts["recorded"] += 1
 
     def _arguments(self, given: Sequence[Any]) -> list[Any]:
@@ -93,21 +95,20 @@ class Recording:
             arguments[k] = slot
         return [a.detach().requires_grad_(a_given.requires_grad) if isinstance(a, Tensor) else a for a, a_given in zip(arguments, given)]
 
-    def _plan_gradients(self) -> None:
-        """Which gradients are lent: a parameter's, alone in memory that is the recording's."""
+    def _plan_copies(self) -> None:
+        """What is copied out, and which gradients are lent: a parameter's, alone in memory that is the recording's."""
         memory = [0 if g is None else g.untyped_storage().data_ptr() for g in self.gradients]
         others = {t.untyped_storage().data_ptr() for t in (*self.upstream, *self.outputs)}
         fixed = set(self.fixed)
-        own = [
-            g is not None and k in fixed and memory.count(m) == 1 and m not in others and g.numel() == g.untyped_storage().nbytes() // g.itemsize
-            for g, k, m in zip(self.gradients, self.leaves, memory)
-        ]
-        size = sum(g.nbytes for g, mine in zip(self.gradients, own) if mine and g is not None)
-        self.lend = size > LENT
-        self.lendable = own
-        self.storages = [g.untyped_storage() for g, mine in zip(self.gradients, own) if mine and g is not None]
-        self.references = [_references(s) for s in self.storages]
-        self.lent = False
+        own = {
+            n: g.untyped_storage()
+            for n, (g, k, m) in enumerate(zip(self.gradients, self.leaves, memory))
+            if g is not None and k in fixed and memory.count(m) == 1 and m not in others and g.nbytes == g.untyped_storage().nbytes()
+        }
+        self.loans = own if self.lend and sum(s.nbytes() for s in own.values()) > LENT else {}
+        self.references = {n: _references(s) for n, s in self.loans.items()}
+        self.copied = _Copies([g for n, g in enumerate(self.gradients) if g is not None and n not in self.loans])
+        self.results = _Copies(self.outputs)
 
     # replaying ---------------------------------------------------------------------------------------------------------------------------
     def forward(self, given: Sequence[Any]) -> tuple[tuple[Any, ...], Pending]:
@@ -125,7 +126,7 @@ class Recording:
         self._forward()
         self.spent = False
         counts["replayed"] += 1
-        return _copies(self.outputs)
+        return self.results()
 
     def replay_backward(self, incoming: Sequence[Tensor | None]) -> list[Tensor | None]:
         """The gradients of the leaves, for gradients of all tensors."""
@@ -137,20 +138,15 @@ class Recording:
                 slot.copy_(g)
         self._backward()
         self.spent = True
-        out = [g is not None and not (self.lend and mine) for g, mine in zip(self.gradients, self.lendable)]
-        copied = iter(_copies([g for g, copy in zip(self.gradients, out) if copy and g is not None]))
-        self.lent = self.lend
-        return [None if g is None else next(copied) if copy else g.detach() for g, copy in zip(self.gradients, out)]
+        self.lent = bool(self.loans)
+        copied = iter(self.copied())
+        return [None if g is None else g.detach() if k in self.loans else next(copied) for k, g in enumerate(self.gradients)]
 
     def returned(self) -> bool:
-        """Whether nobody has a lent gradient any more; waits for who may still be reading one on another stream.
-
-        Where somebody kept one (accumulation, ``zero_grad(set_to_none=False)``), gradients are copied out from now on.
-        """
+        """Whether nobody has a lent gradient any more; waits for who may still be reading one on another stream."""
         if not self.lent:
             return True
-        if any(_references(s) > n for s, n in zip(self.storages, self.references)):
-            self.lend = False
+        if any(_references(s) > self.references[n] for n, s in self.loans.items()):
             return False
         self.recorder.settle()
         self.lent = False
@@ -160,7 +156,6 @@ class Recording:
         """The gradients by running the graph as it is, with a graph of their own where one is asked for."""
         create = torch.is_grad_enabled()
         self.twice = self.twice or create
-        self.unforeseen += not create
         given = pending.given
         arguments = list(given) if create else self._arguments(given)
         if create:
@@ -199,6 +194,7 @@ class Pending:
         r, keep = self.recording, torch._C._autograd._get_current_graph_task_keep_graph()
         self.check()
         foreseen = {k for k, g in enumerate(incoming) if g is not None} <= set(r.incoming)
+        r.unforeseen += not foreseen
         if torch.is_grad_enabled() or not foreseen or (r.spent and not r.returned()):
             found = r.again(self, incoming)
         else:
@@ -248,12 +244,22 @@ def _slot(t: Tensor) -> Tensor:
     return torch.empty_strided(small.shape, small.stride(), dtype=t.dtype, device=t.device).expand(t.shape)
 
 
-def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
-    with torch.no_grad():
-        made = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in map(compact, tensors)]
-        if made:
-            torch._foreach_copy_(made, [compact(t) for t in tensors])
-        return [m if m.shape == t.shape else m.expand(t.shape) for m, t in zip(made, tensors)]
+class _Copies:
+    """``()``: new tensors with what is in ``tensors`` now, in few launches."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.sources = [compact(t) for t in tensors]
+        self.blanks = [(t.shape, t.stride(), t.dtype, t.device) for t in self.sources]
+        self.expanded = [(k, t.shape) for k, (t, s) in enumerate(zip(tensors, self.sources)) if t.shape != s.shape]
+
+    def __call__(self) -> list[Tensor]:
+        with torch.no_grad():
+            made = [torch.empty_strided(shape, stride, dtype=dtype, device=device) for shape, stride, dtype, device in self.blanks]
+            if made:
+                torch._foreach_copy_(made, self.sources)
+            for k, shape in self.expanded:
+                made[k] = made[k].expand(shape)
+        return made
 
 
 def _references(storage: Any) -> int:

@@ -5,6 +5,8 @@ What a pool of memory does to the results of other passes, the stand-in does at 
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,22 +19,25 @@ class StandIn:
     """In place of ``CudaRecorder``."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.results, self.settled = device, list[Any](), 0
+        self.device = device
+        self.results: weakref.WeakKeyDictionary[Callable[[], None], Any] = weakref.WeakKeyDictionary()
 
     def record(self, work: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
-        result = work()
-        self.results.append(result)
+        gc.collect()                                                      # recordings that were dropped: here they hold themselves
+        with self.random_from(self.random_state()):                        # a capture draws nothing
+            result = work()
 
         def replay() -> None:
             made = work()
             with torch.no_grad():
-                for other in self.results:
+                for other in self.results.values():
                     if other is not result:
                         _spoil(other)
                 for old, new in zip(result, made, strict=True):
                     if old is not None:
                         old.copy_(new)
 
+        self.results[replay] = result
         return result, replay
 
     def stream(self) -> int:
@@ -42,7 +47,7 @@ class StandIn:
         return False
 
     def settle(self) -> None:
-        self.settled += 1
+        pass
 
     def random_state(self) -> Any:
         return torch.get_rng_state()

@@ -58,6 +58,8 @@ def same(owner: nn.Module, rtol: float = 1e-4, **inputs: Any) -> str:
         ({"verify": ["first"]}, ["verify=['first']", "'first'"]),
         ({"disable": [["rms_norm"]]}, ["disable", "rms_norm"]),
         ({"disable": [4]}, ["4", "rms_norm"]),
+        ({"cuda_graphs": "yes"}, ["cuda_graphs='yes'", "True", "False"]),
+        ({"cuda_graphs": True, "rest": "inductor"}, ["cuda_graphs=True", "rest='inductor'", "rest='eager'"]),
     ],
     ids=str,
 )
