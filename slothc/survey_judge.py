@@ -92,11 +92,15 @@ def judge(true: list[Values], eager: list[Values], ours: list[Values], dtype: to
         return {"status": "off", "reason": f"gradients of eager and sloth are not of the same parameters: {', '.join(lacking[:4])}"}
     names = list(dict.fromkeys(n for e in eager for n in e if n != "loss"))
     tiny = FAR if true is eager else TINY[dtype]
-    kinds = {"loss": ["loss"], "gradients": names}
-    row: dict[str, Any] = {"errors": {k: {"eager": _distance(eager, true, n), "sloth": _distance(ours, true, n)} for k, n in kinds.items()}}
+    sums = {who: {n: _sums(run, true, n) for n in ("loss", *names)} for who, run in (("eager", eager), ("sloth", ours))}
+
+    def errors(of: list[str], floor: float = 0.0) -> dict[str, float]:
+        return {who: _distance([found[n] for n in of], floor) for who, found in sums.items()}
+
+    row: dict[str, Any] = {"errors": {"loss": errors(["loss"]), "gradients": errors(names)}}
     broken = [f"{k}: {_says(e)}" for k, e in row["errors"].items() if not e["sloth"] <= SLACK * e["eager"] + tiny]
     floor = 1e-3 * _typical(true, names)
-    single = {n: {"eager": _distance(eager, true, [n], floor), "sloth": _distance(ours, true, [n], floor)} for n in names}
+    single = {n: errors([n], floor) for n in names}
     broken += [f"{n}: {_says(e)}" for n, e in single.items() if not e["sloth"] <= SINGLE * e["eager"] + tiny]
     worst = max(single, key=lambda n: single[n]["sloth"] / (single[n]["eager"] + tiny), default=None)
     row["worst"] = {"name": worst, **single[worst]} if worst else None
@@ -109,26 +113,25 @@ def _says(error: dict[str, float]) -> str:
     return f"{error['sloth']:.2e} from truth, eager {error['eager']:.2e}"
 
 
-def _distance(found: list[Values], true: list[Values], names: list[str], floor: float = 0.0) -> float:
-    """Relative L2 distance of the named values over all draws. ``floor``: an element's size below which truth counts as that large."""
-    off = size = count = 0.0
-    for f, t in zip(found, true):
-        for n in names:
-            mine, right = _pair(f.get(n), t.get(n))
-            off += float((mine - right).square().sum())
-            size += float(right.square().sum())
-            count += right.numel()
+def _sums(found: list[Values], true: list[Values], name: str) -> tuple[float, float, int]:
+    """Of one value over all draws: the squares of its distance to truth and of truth, and how many numbers they are."""
+    off, size, count = 0.0, 0.0, 0
+    for mine, right in ((f.get(name), t.get(name)) for f, t in zip(found, true)):
+        zero = right if mine is None else mine                             # no gradient (of an expert that no token chose) is a zero one
+        if zero is None:
+            continue
+        right = torch.zeros_like(zero, dtype=torch.float64) if right is None else right.double()
+        off += float((right if mine is None else mine - right).square().sum())
+        size += float(right.square().sum())
+        count += right.numel()
+    return off, size, count
+
+
+def _distance(sums: list[tuple[float, float, int]], floor: float = 0.0) -> float:
+    """Relative L2 distance of all values together. ``floor``: an element's size below which truth counts as that large."""
+    off, size, count = (sum(s) for s in zip(*sums)) if sums else (0.0, 0.0, 0)
     scale = max(size**0.5, floor * count**0.5)
     return off**0.5 / scale if scale else off**0.5
-
-
-def _pair(found: Tensor | None, true: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Both in float64; no gradient (of an expert that no token chose) is a zero one."""
-    known = found if found is not None else true
-    if known is None:
-        return torch.zeros(0), torch.zeros(0)
-    zero = torch.zeros_like(known, dtype=torch.float64)
-    return zero if found is None else found.double(), zero if true is None else true.double()
 
 
 def _typical(true: list[Values], names: list[str]) -> float:

@@ -7,6 +7,7 @@ whether its own library is interpreted, so it is imported here, before anything 
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import sys
@@ -28,6 +29,13 @@ if not CUDA and importlib.util.find_spec("triton"):
 
     if ASKED is None:
         del os.environ["TRITON_INTERPRET"]                 # subprocesses and models: as the user has it
+
+
+def pytest_collection_finish() -> None:
+    """A tenth of the time went to looking for cycles among the objects of torch and transformers, which stay."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -59,14 +59,16 @@ def test_unknown_systems_are_refused_by_name() -> None:
 
 
 def test_lora_learns_as_in_fp32(tmp_path: Path) -> None:
-    """Eager rounds the base's output before it adds the adapter's, and learns less; sloth rounds their sum once."""
-    run = script("lora_curve.py", "--tiny", "--out", str(tmp_path))
+    """Eager rounds the base's output before it adds the adapter's, and learns less; sloth rounds their sum once.
+
+    With fp32 adapters too: ``test_acceptance`` trains both, without a process for each.
+    """
+    run = script("lora_curve.py", "--tiny", "--out", str(tmp_path), "--runs", "fp32;eager;sloth")
     assert run.returncode == 0, run.stderr
     results = json.loads((tmp_path / "lora-curve-tiny.json").read_text())["results"]
     truth = results["fp32"]["losses"]
     distance = {name: max(abs(a - b) for a, b in zip(r["losses"], truth)) for name, r in results.items()}
-    assert distance["eager"] > 0.03 and distance["eager, fp32 adapters"] > 0.03
-    assert distance["sloth"] < 0.015 and distance["sloth, fp32 adapters"] < 0.015
+    assert distance["eager"] > 0.03 and distance["sloth"] < 0.015
 
 
 def test_kernel_rates_are_printed() -> None:

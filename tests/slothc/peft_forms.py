@@ -128,7 +128,7 @@ LORA: dict[str, Callable[[nn.Module], Any]] = {
     "two active": _both,
     "second active": _second,
     "unmerged": _unmerged,
-    "dora": lambda base: _lora(base, use_dora=True, target_modules=_linears(base), layers_to_transform=[0]),
+    "dora": lambda base: _lora(base, use_dora=True, target_modules=_linears(base)[:1], layers_to_transform=[0]),
     "embedding": _embedding,
     "lm_head": _head,
     "modules_to_save": _saved,

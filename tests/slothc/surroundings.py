@@ -107,7 +107,10 @@ def accumulation(name: str, dtype: torch.dtype) -> None:
 
 def _recomputed(owner: Any, dtype: torch.dtype, reentrant: bool) -> None:
     """Under checkpointing, gradients are those of float64 without it: what is recomputed has the forward's masks."""
-    getattr(owner, "get_base_model", lambda: owner)().gradient_checkpointing_enable({"use_reentrant": reentrant})
+    base = getattr(owner, "get_base_model", lambda: owner)()
+    base.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    if not reentrant:
+        base.disable_input_require_grads()                                 # cuts the graph into many small ones: see test_checkpoint
 
     def exact(wide: Any, run: Callable[..., Any], draw: int) -> tm.Step:
         getattr(wide, "get_base_model", lambda: wide)().gradient_checkpointing_disable()

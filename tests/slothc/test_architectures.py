@@ -1,4 +1,7 @@
-"""A cross-section of ``make zoo``: one architecture for each kind of arithmetic, forward and backward against float64, in two dtypes."""
+"""A cross-section of ``make zoo``: one architecture for each kind of arithmetic, forward and backward against float64, in two dtypes.
+
+Those that ``test_end_to_end`` and ``test_surroundings`` hold to the same contract are left to them.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,8 @@ import pytest
 from slothc.survey_child import measure
 
 KINDS = (
-    "gpt2", "bloom", "gptj", "phi", "cohere", "gemma2", "gemma3n_text", "glm4", "starcoder2", "musicgen",    # norms, RoPEs, MLPs, biases
-    "mixtral", "gpt_oss", "deepseek_v3",                                                # experts and their routers
-    "mamba2", "rwkv", "recurrent_gemma", "qwen3_next", "lfm2", "xlstm",                                  # scans
+    "gpt2", "bloom", "phi", "cohere", "gemma3n_text", "musicgen",                       # norms, RoPEs, MLPs, biases; experts: see above
+    "mamba2", "rwkv", "recurrent_gemma", "qwen3_next", "lfm2", "xlstm",                 # scans
 )  # fmt: skip
 
 

@@ -15,12 +15,15 @@ from torch.utils.checkpoint import checkpoint
 from slothc.errors import RegionDropped
 
 
-def checkpointed(name: str, lora: bool = False, dropout: float = 0.0, **config: Any) -> nn.Module:
-    owner = tm.model(name, **config)
-    owner.gradient_checkpointing_enable({"use_reentrant": False})
-    if lora:
-        owner = tm.adapted(owner, dropout=dropout)
-        owner.enable_input_require_grads()
+def checkpointed(name: str, lora: bool = False, dropout: float = 0.0, hooked: bool = False, **config: Any) -> nn.Module:
+    """``hooked``: as transformers has it, with a hook that makes the embedding's result want a gradient. Over frozen weights Dynamo cuts
+    the model into many small graphs around it; without it, it is one graph, as without adapters.
+    """
+    base = tm.model(name, **config)
+    owner = tm.adapted(base, dropout=dropout) if lora else base
+    base.gradient_checkpointing_enable({"use_reentrant": False})
+    if lora and not hooked:
+        base.disable_input_require_grads()
     return owner
 
 
@@ -29,10 +32,12 @@ def named(found: Counter[str]) -> Counter[str]:
     return Counter({k: v for k, v in found.items() if k != "rowwise"})
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3_text"])
-def test_counts_inside_children_and_gradients(name: str, lora: bool) -> None:
-    owner, inputs = checkpointed(name, lora), tm.batch()
+CASES = [(n, lora, False) for n in ("llama", "qwen3", "gemma3_text") for lora in (False, True)] + [("qwen3", True, True)]
+
+
+@pytest.mark.parametrize("name, lora, hooked", CASES, ids=str)
+def test_counts_inside_children_and_gradients(name: str, lora: bool, hooked: bool) -> None:
+    owner, inputs = checkpointed(name, lora, hooked=hooked), tm.batch()
     plain = tm.model(name, lora=lora)
     with tm.watched() as expected:
         tm.step(plain, torch.compile(plain, backend="sloth"), **inputs)
@@ -45,10 +50,10 @@ def test_counts_inside_children_and_gradients(name: str, lora: bool) -> None:
     assert tm.distance(ours, tm.step(owner, **inputs)) < 1e-5
 
 
-@pytest.mark.parametrize("attention, adapters", [(0.0, 0.3), (0.2, 0.0), (0.2, 0.3)])
-def test_recomputed_masks_are_the_forwards(attention: float, adapters: float) -> None:
+@pytest.mark.parametrize("attention, adapters, hooked", [(0.0, 0.3, False), (0.2, 0.0, False), (0.2, 0.3, False), (0.2, 0.3, True)])
+def test_recomputed_masks_are_the_forwards(attention: float, adapters: float, hooked: bool) -> None:
     """A gradient is the derivative of the very loss that came back: checked by a difference along a direction."""
-    owner = checkpointed("llama", lora=True, dropout=adapters, attention_dropout=attention).double()
+    owner = checkpointed("llama", lora=True, dropout=adapters, hooked=hooked, attention_dropout=attention).double()
     inputs = tm.batch()
     compiled = torch.compile(owner, backend="sloth")
 
@@ -76,12 +81,12 @@ def test_recomputed_masks_are_the_forwards(attention: float, adapters: float) ->
     assert slope == pytest.approx((ends[0] - ends[1]) / (2 * h), abs=2e-3)  # the loss is rounded to fp32: 5e-7 / h
 
 
-@pytest.mark.parametrize("attention, adapters", [(0.0, 0.3), (0.2, 0.3)])
-def test_dropout_draws_as_a_backend_that_does_nothing(attention: float, adapters: float) -> None:
+@pytest.mark.parametrize("attention, adapters, hooked", [(0.0, 0.3, False), (0.2, 0.3, True)])
+def test_dropout_draws_as_a_backend_that_does_nothing(attention: float, adapters: float, hooked: bool) -> None:
     inputs, found = tm.batch(), []
     for backend in ("sloth", "eager"):
         torch._dynamo.reset()
-        owner = checkpointed("llama", lora=True, dropout=adapters, attention_dropout=attention)
+        owner = checkpointed("llama", lora=True, dropout=adapters, hooked=hooked, attention_dropout=attention)
         compiled = torch.compile(owner, backend=backend)
         tm.step(owner, compiled, **inputs)
         torch.manual_seed(7)
