@@ -25,7 +25,7 @@ from .view import GraphView
 
 @dataclass(frozen=True)
 class Reader:
-    """A linear of ``x``: ``node`` is its result, ``nodes`` what computes it, ``operands`` what it reads besides x. ``match``: its adapter's."""
+    """A linear of ``x``: ``node`` is its result, ``nodes`` compute it, ``operands`` are read besides x. ``match``: its adapter's."""
 
     x: fx.Node
     node: fx.Node
@@ -112,7 +112,9 @@ def _plain(view: GraphView, items: Sequence[Region | Match]) -> Iterator[Reader]
     taken = {n for i in items for n in (i.nodes if isinstance(i, Match) else i.cone.nodes)}
     for node in view.nodes:
         op = view.op(node)
-        if op.kind != "linear" or node in taken or op.params["layout"] != "nk" or not all(a is None or isinstance(a, fx.Node) for a in op.args):
+        if op.kind != "linear" or node in taken or op.params["layout"] != "nk":
+            continue
+        if not all(a is None or isinstance(a, fx.Node) for a in op.args):
             continue
         x, weight, bias = op.args
         own = (weight, bias) if bias is not None else (weight,)
