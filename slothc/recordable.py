@@ -17,7 +17,7 @@ from .view_children import attribute
 from .view_location import location
 
 WAITS = {
-    "item", "tolist", "nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "cpu", "numpy", "bincount", "histc",
+    "item", "tolist", "nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "cpu", "numpy", "bincount",
     "equal", "allclose", "is_nonzero", "_local_scalar_dense", "_unique2", "bool", "__bool__", "__int__", "__float__",
 }  # fmt: skip
 STATE = ("manual_seed", "set_rng_state", "get_rng_state", "seed", "initial_seed")
@@ -73,6 +73,8 @@ def _call_against(module: fx.GraphModule, node: fx.Node) -> str | None:
             return f"an operation of the library {library}"
     if name in WAITS or (name == "repeat_interleave" and len(node.all_input_nodes) > 1 and "output_size" not in node.kwargs):
         return f"{name}, which waits for the device,"
+    if name == "histc" and not _bounded(node):
+        return "histc without bounds, which waits for the device,"
     if name in STATE:
         return f"{name}, which sets the state of random numbers,"
     if target is checkpointed and isinstance(node.args[0], fx.Node):
@@ -80,6 +82,12 @@ def _call_against(module: fx.GraphModule, node: fx.Node) -> str | None:
         if not isinstance(body, fx.GraphModule) or draws(body):
             return "a checkpoint that draws random numbers"
     return None
+
+
+def _bounded(node: fx.Node) -> bool:
+    """Whether a histogram's bounds are given: two numbers that differ. It looks for them in the values otherwise."""
+    low, high = (node.kwargs.get(k, node.args[2 + i] if len(node.args) > 2 + i else 0) for i, k in enumerate(("min", "max")))
+    return isinstance(low, int | float) and isinstance(high, int | float) and low != high
 
 
 def _tensors(node: fx.Node) -> Iterator[torch.Tensor]:
