@@ -19,7 +19,10 @@ from torch._dynamo import compiled_autograd
 from torch.utils._device import DeviceContext
 from torch.utils.hooks import unserializable_hook
 
+from slothc.kernels.attention import Kind
+
 from . import recorder
+from .bind.masks import Question, questions
 from .checkpointing import checkpointed
 from .errors import NotGraphed
 from .lazy_logits import LazyLogits
@@ -62,7 +65,9 @@ def _say(reason: str) -> None:
 class _Signature:
     """What is known about calls with the same geometry of inputs."""
 
-    def __init__(self) -> None:
+    def __init__(self, kinds: Sequence[tuple[Question, Kind | None]] | None) -> None:
+        self.kinds = kinds                                                # what its masks are; None where nobody asked yet
+        self.questions: list[Question] = []
         self.calls = 0                                                    # ordinary ones that got a backward, from the same memory
         self.wanted: frozenset[Place] = frozenset()
         self.noticed: set[Place] = set()                                  # of the latest ordinary call
@@ -123,9 +128,16 @@ class Graphed:
     # which signature ---------------------------------------------------------------------------------------------------------------------
     def _signature(self, given: Sequence[Any]) -> _Signature | None:
         key = self._key(given)
-        found = None if key is None else self.signatures.get(key)
-        if found is None and key is not None and len(self.signatures) < SEEN:
-            found = self.signatures[key] = _Signature()
+        found = None if key is None else self._numbered(key, None)
+        if found is not None and found.questions and not found.closed:  # its masks depend on values: on what they are now
+            kinds = [(q, q.answer(self, given)) for q in found.questions]
+            return self._numbered((key, *(kind for _, kind in kinds)), kinds)
+        return found
+
+    def _numbered(self, key: Any, kinds: Sequence[tuple[Question, Kind | None]] | None) -> _Signature | None:
+        found = self.signatures.get(key)
+        if found is None and len(self.signatures) < SEEN:
+            found = self.signatures[key] = _Signature(kinds)
         return found
 
     def _key(self, given: Sequence[Any]) -> Any:
@@ -221,9 +233,15 @@ class Graphed:
         if self.recorder.capturing():
             return None
         self.stream = self.recorder.stream()
+
+        def facts(arguments: Sequence[Any]) -> dict[Any, Any]:
+            return {q.fact(arguments): kind for q, kind in signature.kinds or () if kind is not None}
+
         moving = [k for k in self.moving if isinstance(given[k], Tensor) and k not in self.numbers]
         try:
-            signature.recording = Recording(self.run, given, self.fixed, moving, signature.wanted, self.recorder, self.whole, self.lend)
+            signature.recording = Recording(
+                self.run, given, self.fixed, moving, signature.wanted, self.recorder, self.whole, self.lend, facts
+            )
         except Unrecordable as error:
             self._close(signature, str(error))
             return None
@@ -244,7 +262,7 @@ class Graphed:
             self._close(signature, reason)
             return self.run(*given)
         versions = [v._version for v in given if isinstance(v, Tensor)]
-        outputs = self.run(*given)
+        outputs = self._asked(signature, given)
         if versions != [v._version for v in given if isinstance(v, Tensor)]:
             self._close(signature, "it writes to its inputs")
             return outputs
@@ -260,6 +278,15 @@ class Graphed:
                     o.grad_fn.register_prehook(_noting(noticed, [(k, part) for part in MADE]))
             elif isinstance(o, Tensor) and o.requires_grad:
                 o.register_hook(_noting(noticed, [(k, "")]))
+        return outputs
+
+    def _asked(self, signature: _Signature, given: Sequence[Any]) -> Any:
+        """The outputs; the first time, what the graph asks about masks is written down: later calls are told apart by the answers."""
+        if signature.kinds is not None:
+            return self.run(*given)
+        with questions(given) as found:
+            outputs = self.run(*given)
+        signature.kinds, signature.questions = (), found
         return outputs
 
     def _unfit(self, given: Sequence[Any]) -> str | None:

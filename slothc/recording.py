@@ -11,7 +11,7 @@ graph once more, as it is, from the same inputs and random numbers.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,12 +35,12 @@ class Recording:
     """``forward(given)`` replays; ``fixed``: the numbers of the inputs that are read where they are, ``moving``: of those copied.
 
     ``wanted``: the places whose gradients come in. ``whole``: all of what is fixed may be read in the backward. ``lend``: large gradients
-    may be given out without a copy; who replays next asks ``returned`` first.
+    may be given out without a copy; who replays next asks ``returned`` first. ``facts``: what may be assumed, of the inputs it reads.
     """
 
     def __init__(
         self, run: Run, given: Sequence[Any], fixed: Sequence[int], moving: Sequence[int], wanted: frozenset[Place], recorder: Recorder,
-        whole: bool, lend: bool,
+        whole: bool, lend: bool, facts: Callable[[Sequence[Any]], Mapping[Any, Any]],
     ) -> None:  # fmt: skip
         self.run, self.recorder, self.fixed = run, recorder, list(fixed)
         self.pointers, self.trained = place_of(given, fixed)
@@ -52,18 +52,20 @@ class Recording:
         self.unforeseen = 0                                               # backward passes of another kind
         self.twice = False
         self.spent, self.lend, self.lent = True, lend, False
-        self._record(given, wanted, whole)
+        self.held: list[Tensor] = []
+        self._record(given, wanted, whole, facts)
 
     # recording ---------------------------------------------------------------------------------------------------------------------------
-    def _record(self, given: Sequence[Any], wanted: frozenset[Place], whole: bool) -> None:
+    def _record(self, given: Sequence[Any], wanted: frozenset[Place], whole: bool, facts: Callable[..., Mapping[Any, Any]]) -> None:
         arguments = self._arguments(given)
+        known = facts(arguments)
         leaves = [arguments[k] for k in self.leaves]
         self._fill(given)
         live: list[Any] = []
         saved: set[int] = set()
 
         def forward() -> list[Tensor]:
-            with torch.enable_grad():
+            with holding(self.held, known), _without_cache(), torch.enable_grad():
                 layout, tensors = apart(self.run(*arguments), arguments)
             live[:] = [layout, tensors]
             return [t.detach() for t in tensors]
@@ -71,19 +73,18 @@ class Recording:
         def backward() -> Sequence[Tensor | None]:
             through = [live[1][k] for k in self.incoming]
             live[1] = None                                                # what was saved goes as the backward goes
-            return torch.autograd.grad(through, leaves, self.upstream, allow_unused=True)
+            with holding(self.held, known), _without_cache(), torch.autocast(leaves[0].device.type, enabled=False):
+                return torch.autograd.grad(through, leaves, self.upstream, allow_unused=True)
 
-        with holding() as self.held, _without_cache():
-            with torch.autograd.graph.saved_tensors_hooks(_noted(saved), lambda t: t):
-                self.outputs, self._forward = self.recorder.record(forward)
-            self.layout: Layout = live[0]
-            self.differentiable = [t.requires_grad for t in live[1]]
-            self.incoming = self.layout.gradients(wanted)
-            if not self.incoming or not all(self.differentiable[k] for k in self.incoming):
-                raise Unrecordable("no output has a gradient")
-            self.upstream = [torch.zeros_like(self.outputs[k]) for k in self.incoming]
-            with torch.autocast(given[self.leaves[0]].device.type, enabled=False):
-                self.gradients, self._backward = self.recorder.record(backward)
+        with torch.autograd.graph.saved_tensors_hooks(_noted(saved), lambda t: t):
+            self.outputs, self._forward = self.recorder.record(forward)
+        self.layout: Layout = live[0]
+        self.differentiable = [t.requires_grad for t in live[1]]
+        self.incoming = self.layout.gradients(wanted)
+        if not self.incoming or not all(self.differentiable[k] for k in self.incoming):
+            raise Unrecordable("no output has a gradient")
+        self.upstream = [torch.zeros_like(self.outputs[k]) for k in self.incoming]
+        self.gradients, self._backward = self.recorder.record(backward)
         self.watched = [k for k in self.fixed if whole or given[k].untyped_storage().data_ptr() in saved]
         self._plan_copies()
         counts["recorded"] += 1

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from slothc.held import held, recording
+from slothc.held import assumed, held, recording
 from slothc.kernels.attention import Kind, classify
 from slothc.kernels.tracing import traced
 
@@ -93,6 +93,10 @@ class DataMask:
         self, reader: object, sizes: tuple[Any, ...], data: tuple[torch.Tensor, ...], q_len: int, kv_len: int
     ) -> Verdict:
         key = _key(sizes, data, q_len, kv_len)
+        if recording() and (kind := assumed((id(self), key, tuple(map(id, data))))) is not None:
+            return Verdict(kind, None)
+        for asked in _listening:
+            asked.append((self, sizes, data, q_len, kv_len))
         reading = self._readings.get(id(data[0]))
         if reading is not None and not (recording() and reading.readers is not None) and reading.serves(reader, key, data):
             verdict = reading.verdict
@@ -126,6 +130,48 @@ class DataMask:
         with _aside():
             _keep(self._known, key, (tuple(t.clone() for t in data), kind), REMEMBERED)
         return Verdict(kind, None)
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a graph asks about a mask made of its inputs number ``places``."""
+
+    mask: DataMask
+    sizes: tuple[Any, ...]
+    places: tuple[int, ...]
+    q_len: int
+    kv_len: int
+
+    def answer(self, reader: object, given: Sequence[Any]) -> Kind | None:
+        """The mask's kind now where SDPA needs no tensor for it. Waits for the device."""
+        kind = self.mask(reader, self.sizes, tuple(given[k] for k in self.places), self.q_len, self.kv_len).kind
+        return kind if kind.plain else None
+
+    def fact(self, arguments: Sequence[Any]) -> Any:
+        """What a recording that reads ``arguments`` calls this question (``held.assumed``)."""
+        data = tuple(arguments[k] for k in self.places)
+        return id(self.mask), _key(self.sizes, data, self.q_len, self.kv_len), tuple(map(id, data))
+
+
+_listening: list[list[tuple[DataMask, tuple[Any, ...], tuple[torch.Tensor, ...], int, int]]] = []
+
+
+@contextmanager
+def questions(given: Sequence[Any]) -> Iterator[list[Question]]:
+    """Fills, at the end of the block, with what is asked in it about masks made of ``given`` alone."""
+    asked: list[tuple[DataMask, tuple[Any, ...], tuple[torch.Tensor, ...], int, int]] = []
+    found: list[Question] = []
+    _listening.append(asked)
+    try:
+        yield found
+    finally:
+        _listening[:] = [a for a in _listening if a is not asked]
+    number = {id(v): k for k, v in enumerate(given)}
+    for mask, sizes, data, q_len, kv_len in asked:
+        if all(id(t) in number for t in data):
+            question = Question(mask, sizes, tuple(number[id(t)] for t in data), q_len, kv_len)
+            if question not in found:
+                found.append(question)
 
 
 GIVEN = DataMask(lambda mask: mask, given=True)  # one for all: layers in child graphs share a mask, not a graph
