@@ -20,8 +20,9 @@ from .direct import Descriptor, Direct
 
 LOW = (torch.bfloat16, torch.float16)
 CHUNK = 64            # columns of the low-rank factors in one dot
+FETCHED = 32          # and of factors that fit the registers beside a tile, and are fetched while the large product is summed
 # one block shape for all sizes, so that only a weight's layout and dtype compile anew: the best tried on an 8B Llama's linears (H100)
-BLOCK_M, BLOCK_N, BLOCK_K, GROUP, STAGES = 128, 256, 64, 16, 4
+BLOCK_M, BLOCK_N, BLOCK_K, GROUP, STAGES = 128, 256, 64, 16, 3
 KEPT = 512                    # geometries that are remembered
 
 Pair: TypeAlias = tuple[Tensor, Tensor]
@@ -74,7 +75,7 @@ def _record(a: Tensor, b: Tensor, alpha: float, x: Tensor, w: Tensor) -> Record:
     if not fits(x, w):
         return lambda a, b, x, w: _wide(a, b, alpha, x, w)
     (m, k), n, r = x.shape, w.shape[1], a.shape[1]
-    run = Tiles("joined", [(x, w)], a, b, [alpha, m, n, k, r], min(CHUNK, max(16, 1 << (r - 1).bit_length())), NK=lies_nk(w))
+    run = Tiles("joined", [(x, w)], a, b, [alpha, m, n, k, r], NK=lies_nk(w))
 
     def record(a: Tensor, b: Tensor, x: Tensor, w: Tensor) -> Tensor:
         y = run(((x, w),), a, b)
@@ -127,21 +128,22 @@ class Tiles:
     """A kernel of joined_kernel.py over the output tiles of sum of x w + a b, for operands of these dtypes, shapes and strides.
 
     ``(pairs, a, b)`` gives the result; None where addresses do not suit the copy engine, or where the kernel cannot be built for the
-    device and the factors' dtypes, which is remembered. ``rank``: columns of a in one dot.
+    device and the factors' dtypes, which is remembered.
     """
 
     def __init__(
-        self, name: str, pairs: Sequence[Pair], a: Tensor, b: Tensor, numbers: Sequence[float], rank: int, **constants: Any
+        self, name: str, pairs: Sequence[Pair], a: Tensor, b: Tensor, numbers: Sequence[float], **constants: Any
     ) -> None:
         x, w = pairs[0]
-        m, n = x.shape[0], w.shape[1]
+        m, n, r = x.shape[0], w.shape[1], a.shape[1]
+        rank = min(CHUNK, max(16, 1 << (r - 1).bit_length()))             # columns of a in one dot
         self.kind, self.empty = (x.device, name, a.dtype, b.dtype), m * n == 0
         self.blank = Blanks([torch.empty(m, n, dtype=x.dtype, device=x.device)], [False])
         descriptors = [d for pair in pairs for d in _described(*pair)]
         descriptors.append(((m, n), (n, 1), [BLOCK_M, BLOCK_N // 2]))
         processors = _processors(x.device)
         options = dict(
-            **constants, RANK=rank, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K,
+            **constants, ONCE=r <= rank <= FETCHED, RANK=rank, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K,
             GROUP=GROUP, PROGRAMS=processors, num_stages=STAGES, num_warps=8,
         )  # fmt: skip
         grid = (min(-(-m // BLOCK_M) * -(-n // BLOCK_N), processors),)

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .joined import CHUNK, KEPT, LOW, Pair, Tiles, fits, joined
+from .joined import KEPT, LOW, Pair, Tiles, fits, joined
 
 MOST = 3              # products in one launch; more are added by further launches
 _records: dict[tuple[Any, ...], Tiles | None] = {}
@@ -54,4 +54,4 @@ def _record(pairs: Sequence[Pair], a: Tensor, b: Tensor) -> Tiles | None:
         return None
     three = [*pairs, *[pairs[0]] * (MOST - len(pairs))]
     inner = [*(u.shape[1] for u, _ in pairs), *[0] * (MOST - len(pairs))]   # a number, not a constant: one kernel to compile
-    return Tiles("summed", three, a, b, [x.shape[0], w.shape[1], a.shape[1], *inner], CHUNK)
+    return Tiles("summed", three, a, b, [x.shape[0], w.shape[1], a.shape[1], *inner])

@@ -73,9 +73,9 @@ def tiles() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str
     blocks = {"BLOCK_M": joined.BLOCK_M, "BLOCK_N": joined.BLOCK_N, "BLOCK_K": joined.BLOCK_K, "GROUP": joined.GROUP, "PROGRAMS": 132}
     m, n, k = joined.BLOCK_M, joined.BLOCK_N, joined.BLOCK_K
     one, many = joined_kernel.joined, joined_kernel.summed
-    cases = ((one, True, "bf16", 16), (one, False, "fp32", joined.CHUNK), (many, False, "bf16", 16), (many, False, "fp32", joined.CHUNK))
+    cases = ((one, True, "bf16", 16), (one, False, "fp32", joined.CHUNK), (many, False, "bf16", 32), (many, False, "fp32", joined.CHUNK))
     for kernel, nk, factors, rank in cases:
-        values = {**blocks, "RANK": rank, **({"NK": nk} if "NK" in kernel.arg_names else {})}
+        values = {**blocks, "RANK": rank, "ONCE": rank <= joined.FETCHED, **({"NK": nk} if "NK" in kernel.arg_names else {})}
         shapes = {"x": (m, k), "w": (n, k) if nk else (k, n), "y": (m, n // 2)}
         types = dict.fromkeys(kernel.arg_names, "i32") | {"a": POINTER[factors], "b": POINTER[factors], "alpha": "fp32"}
         types |= {a: f"tensordesc<bf16{list(shapes[a[0]])}>" for a in kernel.arg_names if a.rstrip("012") in shapes}
