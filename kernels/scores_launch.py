@@ -36,8 +36,8 @@ SHAPES: dict[str, dict[int, tuple[Blocks, ...]]] = {
     },
     "to_queries": {
         64: (Blocks(128, 64, 8, 2), Blocks(64, 64, 4, 2)),
-        128: (Blocks(128, 64, 8, 2), Blocks(64, 64, 4, 2), Blocks(64, 32, 4, 2)),
-        256: (Blocks(64, 64, 8, 2), Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 1)),
+        128: (Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 2), Blocks(64, 64, 4, 2), Blocks(64, 32, 4, 2)),
+        256: (Blocks(64, 32, 4, 3), Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 1)),
     },
     "to_both": {
         64: (Blocks(64, 128, 8, 2), Blocks(64, 64, 4, 2)),

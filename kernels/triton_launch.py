@@ -13,16 +13,18 @@ import torch
 from slothc.gradients.plan import Pass
 from torch import Tensor
 
-from .binding import Bound, fold_rows, put, summed
+from .binding import DTYPE, Bound, fold_rows, put, summed
 from .cache import load
 from .direct import Direct
 from .records import Launch, Recorded, clear
-from .triton_source import Groups, arguments, block_names, source, splits, tensors
+from .triton_source import Groups, arguments, block_names, source, splits, staged, tensors
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 ROW_LIMIT = 16384            # lanes of a row that one block holds: 16 warps x 32 threads x 32 fp32 registers
 FUSION = False               # a b - a b is 0 as in eager: with one of the products in a fused multiply-add it is that product's rounding
 SPLIT, SMALLEST = 1024, 256  # lanes of a row that may lie in several blocks, and of the smallest of them
+MANY = 4 * 4096              # elements for each multiprocessor from which on a program of an elementwise pass takes 4,096
+STAGED = 96 << 10            # bytes of shared memory for rows on their way
 PROGRAMS_PER_PROCESSOR = 2   # persistent programs per multiprocessor for gradients summed over rows
 
 
@@ -44,8 +46,8 @@ def processors(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class Shape:
-    """The launch of one kernel: rows of a block, lanes of the blocks that are side by side, warps, grid, and how many rows of partial sums
-    it writes (0: none)."""
+    """The launch of one kernel: rows of a block, lanes of the blocks that are side by side, warps, grid, how many rows of partial sums
+    it writes (0: none), and blocks of rows on their way at once."""
 
     loop: bool
     block_r: int
@@ -53,10 +55,11 @@ class Shape:
     warps: int
     grid: tuple[int, int]
     partials: int
+    stages: int
 
 
 def choose(p: Pass, bound: Bound, device: torch.device) -> Shape:
-    """Block shapes from sizes alone: about 4,096 elements in flight for a program, whole rows where reductions need them."""
+    """Block shapes from sizes alone: about 2,048 elements in flight for a program, whole rows where reductions need them."""
     sums = any(o.over_rows and not p.folded(k) for k, o in enumerate(p.program.outputs))
     reduces = bool(p.program.reductions)
     rows, lanes = max(bound.rows, 1), max(bound.lanes, 1)
@@ -69,17 +72,26 @@ def choose(p: Pass, bound: Bound, device: torch.device) -> Shape:
         block_l = sum(pieces)
         block_r = max(1, min(2048 // block_l, _power(rows)))
     else:
-        block_l = min(_power(lanes), 1024)
-        block_r = max(1, min(2048 // block_l, _power(rows)))
-    warps = max(1, min(16 if block_l > 8192 else 8, block_r * _power(block_l) // 256))
+        many = rows * lanes >= MANY * processors(device)
+        block_l = min(_power(lanes), 4096 if many else 1024)
+        block_r = max(1, min((4096 if many else 2048) // block_l, _power(rows)))
+    deep = len(p.program.reductions) > 1
+    warps = max(1, min(16 if block_l > 8192 or (deep and block_l == 8192) else 8, block_r * _power(block_l) // 256))
     blocks = -(-rows // block_r)
     across = 1 if loop or reduces else -(-lanes // block_l)
     programs = blocks
     if sums:
-        programs = min(blocks, max(1, processors(device) * PROGRAMS_PER_PROCESSOR // min(across, 4)))
-    elif loop:
-        programs = blocks
-    return Shape(loop, block_r, pieces or (block_l,), warps, (programs, across), programs if sums else 0)
+        here = PROGRAMS_PER_PROCESSOR if warps <= 8 else 1
+        programs = min(blocks, max(1, processors(device) * here // min(across, 4)))
+    stages = _stages(p, block_r * block_l) if sums and not loop else 1
+    return Shape(loop, block_r, pieces or (block_l,), warps, (programs, across), programs if sums else 0, stages)
+
+
+def _stages(p: Pass, elements: int) -> int:
+    """Blocks of rows on their way at once: three where their shared memory leaves room for the other program of the processor."""
+    rows = [p.reads[a.tensor].dtype for i, a in zip(p.program.inputs, p.loads) if a is not None and i.kind.rows and i.kind.lanes]
+    size = elements * sum(DTYPE[d].itemsize for d in rows)
+    return next((n for n in (3, 2) if n * size <= STAGED), 1)
 
 
 def _pieces(lanes: int) -> tuple[int, ...]:
@@ -136,6 +148,8 @@ class TritonLauncher(Recorded):
         totals.sort(key=lambda t: t[0])                                   # as the kernel's arguments: column sums, then folds
         blocks = dict(zip(block_names(len(shape.blocks_l)), shape.blocks_l))
         options = dict(BLOCK_R=shape.block_r, **blocks, WIDE=bound.wide, num_warps=shape.warps, enable_fp_fusion=FUSION)
+        if staged(p, shape.loop):
+            options["STAGES"] = shape.stages
         run = Direct(kernel, shape.grid, integers, options, device)
         pick = _picker(ins, [len(p.reads) + i for i in outs])
         if not totals:

@@ -83,6 +83,11 @@ def splits(p: Pass) -> bool:
     return bool(p.program.reductions) and all(s.value.op in COMBINED for s in p.program.reductions if isinstance(s.value, Reduce))
 
 
+def staged(p: Pass, loop: bool) -> bool:
+    """Whether a tile kernel of the pass goes over many blocks of rows, and takes ``STAGES``: how many are on their way at once."""
+    return not loop and any(o.over_rows and not p.folded(k) for k, o in enumerate(p.program.outputs))
+
+
 def block_names(pieces: int) -> tuple[str, ...]:
     """The kernel's constants for the lanes of its blocks."""
     return ("BLOCK_L", *(f"BLOCK_L{k}" for k in range(1, pieces)))
@@ -158,7 +163,7 @@ class _Kernel:
         sizes = [i.name for i in self.program.inputs if i.role == "size"]
         yield "@triton.jit"
         yield f"def {name}({', '.join([*pointers, *integers, *sizes, 'ROWS', 'LANES'])},"
-        constants = ("BLOCK_R", *block_names(pieces), "WIDE")
+        constants = ("BLOCK_R", *block_names(pieces), "WIDE", *(("STAGES",) if staged(self.p, loop) else ()))
         yield f"{' ' * (5 + len(name))}{', '.join(f'{c}: tl.constexpr' for c in constants)}):"
         lines = self._loop() if loop else self._tile()
         if pieces > 1:
@@ -280,7 +285,7 @@ class _Kernel:
         for out in self.sums:
             yield f"acc_{out.name} = tl.zeros({self._sum_shape(out)}, tl.float32)"
         if self.sums:
-            yield "for block in range(tl.program_id(0), tl.cdiv(ROWS, BLOCK_R), tl.num_programs(0)):"
+            yield "for block in tl.range(tl.program_id(0), tl.cdiv(ROWS, BLOCK_R), tl.num_programs(0), num_stages=STAGES):"
         else:
             yield "block = tl.program_id(0)"
         pad = "    " if self.sums else ""
