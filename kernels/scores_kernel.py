@@ -15,18 +15,27 @@ SHUT = tl.constexpr(-1e30)                   # any score added to it is lost: as
 
 
 @triton.jit
-def _rows(base, start, stride, dims, END, DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, EDGE: tl.constexpr):
-    """ROWS rows from ``start`` of a matrix with ``END`` rows and ``DIM`` columns, zeros beyond.
+def _rows(base, at, stride, dims, END, DIM: tl.constexpr, BLOCK: tl.constexpr, EDGE: tl.constexpr):
+    """[at, dims] of a matrix with ``END`` rows and ``DIM`` columns, zeros beyond."""
+    place = base + at[:, None] * stride + dims[None, :]
+    if DIM != BLOCK:
+        return tl.load(place, mask=(at[:, None] < END) & (dims[None, :] < DIM), other=0.0)
+    if EDGE:
+        return tl.load(place, mask=at[:, None] < END, other=0.0)
+    return tl.load(place)
 
-    What differs between a loop's turns is a number, not an address for each thread: those would fill the registers.
+
+@triton.jit
+def _rows_from(base, start, stride, dims, END, DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """ROWS rows from ``start``, zeros beyond ``END``.
+
+    What differs between a loop's turns is a number, not an address for each thread: where two accumulators fill the registers.
     """
     row = tl.arange(0, ROWS)[:, None]
     place = base + tl.cast(start, tl.int64) * stride + (row * stride + dims[None, :])
     if DIM != BLOCK:
         return tl.load(place, mask=(row < END - start) & (dims[None, :] < DIM), other=0.0)
-    if EDGE:
-        return tl.load(place, mask=row < END - start, other=0.0)
-    return tl.load(place)
+    return tl.load(place, mask=row < END - start, other=0.0)
 
 
 @triton.jit
@@ -97,7 +106,7 @@ def _attend(acc, top, total, rounded, queries, k, v, mask, rows, lo, hi, sk_t, s
     dims, dims_v = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
     for start in range(lo, hi, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N).to(rows.dtype)
-        x = tl.dot(queries, _rows(k, start, sk_t, dims, TK, DIM, BLOCK_D, BLOCK_N, EDGE).T, input_precision=PRECISION)
+        x = tl.dot(queries, _rows(k, keys, sk_t, dims, TK, DIM, BLOCK_D, EDGE).T, input_precision=PRECISION)
         y = _masked(VALUE(x), rows[:, None], keys[None, :], mask, sm_q, sm_k, TQ, TK, window, KIND, MASK, EDGE)
         new = tl.maximum(top, tl.max(y, 1))
         base = tl.where(new == -float("inf"), 0.0, new)
@@ -106,7 +115,7 @@ def _attend(acc, top, total, rounded, queries, k, v, mask, rows, lo, hi, sk_t, s
         low = p.to(v.dtype.element_ty)
         total = total * alpha + tl.sum(p, 1)
         rounded = rounded * alpha + tl.sum(low.to(tl.float32), 1)
-        values = _rows(v, start, sv_t, dims_v, TK, DIM_V, BLOCK_V, BLOCK_N, EDGE)
+        values = _rows(v, keys, sv_t, dims_v, TK, DIM_V, BLOCK_V, EDGE)
         acc = tl.dot(low, values, acc * alpha[:, None], input_precision=PRECISION)
         top = new
     return acc, top, total, rounded
@@ -132,7 +141,7 @@ def forward(q, k, v, mask, sinks, out, low, tops, inverses,
     rows = start + tl.arange(0, BLOCK_M)
     if WIDE:
         rows = rows.to(tl.int64)
-    queries = _rows(q + b * sq_b + h * sq_h, start, sq_t, tl.arange(0, BLOCK_D), TQ, DIM, BLOCK_D, BLOCK_M, True)
+    queries = _rows(q + b * sq_b + h * sq_h, rows, sq_t, tl.arange(0, BLOCK_D), TQ, DIM, BLOCK_D, True)
     acc = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
     top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
@@ -172,8 +181,8 @@ def _to_queries(acc, queries, upstream, top, inverse, delta, k, v, mask, rows, l
     dims, dims_v = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
     for start in range(lo, hi, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N).to(rows.dtype)
-        kt = _rows(k, start, sk_t, dims, TK, DIM, BLOCK_D, BLOCK_N, EDGE)
-        values = _rows(v, start, sv_t, dims_v, TK, DIM_V, BLOCK_V, BLOCK_N, EDGE)
+        kt = _rows(k, keys, sk_t, dims, TK, DIM, BLOCK_D, EDGE)
+        values = _rows(v, keys, sv_t, dims_v, TK, DIM_V, BLOCK_V, EDGE)
         y, slope = BOTH(tl.dot(queries, kt.T, input_precision=PRECISION))
         y = _masked(y, rows[:, None], keys[None, :], mask, sm_q, sm_k, TQ, TK, window, KIND, MASK, EDGE)
         p = tl.exp2(y - top[:, None]) * inverse[:, None]
@@ -203,17 +212,17 @@ def to_queries(q, k, v, mask, out, low, upstream, tops, inverses, deltas, dq,
         rows = rows.to(tl.int64)
     ok = rows < TQ
     dims, dims_v = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
-    grads = _rows(upstream + b * su_b + h * su_h, start, su_t, dims_v, TQ, DIM_V, BLOCK_V, BLOCK_M, True)
-    whole = _rows(out + b * so_b + h * so_h, start, so_t, dims_v, TQ, DIM_V, BLOCK_V, BLOCK_M, True).to(tl.float32)
+    grads = _rows(upstream + b * su_b + h * su_h, rows, su_t, dims_v, TQ, DIM_V, BLOCK_V, True)
+    whole = _rows(out + b * so_b + h * so_h, rows, so_t, dims_v, TQ, DIM_V, BLOCK_V, True).to(tl.float32)
     if SHIFT > 0:
-        lost = _rows(low + b * so_b + h * so_h, start, so_t, dims_v, TQ, DIM_V, BLOCK_V, BLOCK_M, True).to(tl.int32)
+        lost = _rows(low + b * so_b + h * so_h, rows, so_t, dims_v, TQ, DIM_V, BLOCK_V, True).to(tl.int32)
         whole = (whole.to(tl.int32, bitcast=True) + (lost << SHIFT)).to(tl.float32, bitcast=True)
     delta = tl.sum(grads.to(tl.float32) * whole, 1)
     at = head.to(tl.int64) * TQ + rows
     tl.store(deltas + at, delta, mask=ok)
     top = tl.load(tops + at, mask=ok, other=0.0)
     inverse = tl.load(inverses + at, mask=ok, other=0.0)
-    queries = _rows(q + b * sq_b + h * sq_h, start, sq_t, dims, TQ, DIM, BLOCK_D, BLOCK_M, True)
+    queries = _rows(q + b * sq_b + h * sq_h, rows, sq_t, dims, TQ, DIM, BLOCK_D, True)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     first, full, edge, end = _key_spans(start, TK, window, KIND, BLOCK_M, BLOCK_N)
     if KIND == 2:
@@ -248,10 +257,10 @@ def to_keys(q, k, v, mask, upstream, tops, inverses, deltas, dk, dv,
     if WIDE:
         keys = keys.to(tl.int64)
     dims, dims_v = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
-    kt = _rows(k + b * sk_b + g * sk_h, start, sk_t, dims, TK, DIM, BLOCK_D, BLOCK_N, True)
+    kt = _rows_from(k + b * sk_b + g * sk_h, start, sk_t, dims, TK, DIM, BLOCK_D, BLOCK_N)
     values = kt
     if WHICH != 1:
-        values = _rows(v + b * sv_b + g * sv_h, start, sv_t, dims_v, TK, DIM_V, BLOCK_V, BLOCK_N, True)
+        values = _rows_from(v + b * sv_b + g * sv_h, start, sv_t, dims_v, TK, DIM_V, BLOCK_V, BLOCK_N)
     to_k = tl.zeros((BLOCK_N if WHICH != 1 else 1, BLOCK_D if WHICH != 1 else 1), tl.float32)
     to_v = tl.zeros((BLOCK_N if WHICH != 2 else 1, BLOCK_V if WHICH != 2 else 1), tl.float32)
     first, end = _row_span(start, TQ, window, KIND, BLOCK_M, BLOCK_N)
@@ -264,8 +273,8 @@ def to_keys(q, k, v, mask, upstream, tops, inverses, deltas, dk, dv,
             rows = rows.to(tl.int64)
         ok = rows < TQ                                                    # beyond, the inverse is 0
         at = (b * H * GROUP + h) * TQ + rows
-        queries = _rows(q + b * sq_b + h * sq_h, first_row, sq_t, dims, TQ, DIM, BLOCK_D, BLOCK_M, True)
-        grads = _rows(upstream + b * su_b + h * su_h, first_row, su_t, dims_v, TQ, DIM_V, BLOCK_V, BLOCK_M, True)
+        queries = _rows_from(q + b * sq_b + h * sq_h, first_row, sq_t, dims, TQ, DIM, BLOCK_D, BLOCK_M)
+        grads = _rows_from(upstream + b * su_b + h * su_h, first_row, su_t, dims_v, TQ, DIM_V, BLOCK_V, BLOCK_M)
         y, slope = BOTH(tl.dot(kt, queries.T, input_precision=PRECISION))
         flags = mask + b * sm_b + h * sm_h
         y = _masked(y, rows[None, :], keys[:, None], flags, sm_q, sm_k, TQ, TK, window, KIND, MASK, KIND > 0)

@@ -18,7 +18,7 @@ from typing import Any
 
 import sympy as sp
 import torch
-from slothc.gradients.matrix import Factor, MatrixPlan, Term, linear_plan, lora_plan
+from slothc.gradients.matrix import Factor, MatrixPlan, Step, Term, linear_plan, lora_plan
 
 from .joined import joined
 from .products import rounded
@@ -136,7 +136,7 @@ class _Text:
     def weights(self) -> list[str]:
         lines = [f"def weights({', '.join(f'G{k}' for k in self.linears)}, X, T, U):"]
         if self.adapted:
-            lines += [f"    dA = {self._sum('U.t(), X', '1')}", f"    # {self.of[self.adapted[0]].da}"]
+            lines += [f"    dA = {self._sum('U.t(), X', '1')}", f"    # {self.of[self.adapted[0]].gradients['A']}"]
         found = []
         for k, m in self.linears.items():
             steps = self.of[k].gradients
@@ -180,18 +180,18 @@ class _Steps:
         self.inner, self.result = (plan.forward[0], plan.forward[-1])
         backward = plan.backward_for((X, *(linear.wanted if linear.rank else linear.operands)))
         made = dict(plan.gradients)
-        self.gradients = {name: next((s for s in backward if s.name == made.get(name)), None) for name in (X, *linear.operands)}
-        self.dx, self.da = self.gradients[X], self.gradients.get("A")
-        self.back = next((s for s in backward if s not in self.gradients.values()), None)
+        self.gradients: dict[str, Step] = {name: s for name in made for s in backward if s.name == made[name]}
+        self.dx = self.gradients[X]
+        self.back = next((s for s in backward if s not in self.gradients.values()), self.dx)       # U = G B of an adapter
 
     def known(self) -> None:
         """Raises ValueError where the plan has another form than what is written out here."""
         g, x, w = Factor("G"), Factor(X), Factor("W")
         if self.linear.rank:
-            t, u, s = Factor("T"), Factor("U"), sp.Symbol("s", real=True)
-            fits = self.inner.terms[0].factors == (x, Factor("A", True)) and self.da.terms[0].factors == (u.t, x)
+            t, u, s, da = Factor("T"), Factor("U"), sp.Symbol("s", real=True), self.gradients["A"]
+            fits = self.inner.terms[0].factors == (x, Factor("A", True)) and da.terms[0].factors == (u.t, x)
             fits &= [f.left for f in self.result.terms] == [t, x] and [f.left for f in self.dx.terms] == [u, g]
-            fits &= self.dx.terms[0].coefficient == self.da.terms[0].coefficient == s and self.dx.terms[0].right == Factor("A")
+            fits &= self.dx.terms[0].coefficient == da.terms[0].coefficient == s and self.dx.terms[0].right == Factor("A")
             fits &= len(self.linear.plan.saved) == 1
         else:
             ones = [(Factor("1"), Factor("b", True))] if self.linear.bias else []

@@ -106,7 +106,8 @@ def _pieces(lanes: int) -> tuple[int, ...]:
 
 
 def _in_pieces(lanes: int, most: int) -> tuple[int, ...]:
-    found, rest = [], lanes
+    found: list[int] = []
+    rest = lanes
     while rest >= SMALLEST and len(found) < most - 1:
         found.append(_power(rest + 1) // 2)
         rest -= found[-1]

@@ -58,6 +58,8 @@ def test_lowerings_agree(f: Form) -> None:
         for a, b in zip(rowwise.launcher(p).triton(reads), written):
             assert a.stride() == b.stride()
             torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
+        if p is c.plan.backward:
+            continue
         cotangents = [torch.randn_like(t) for t in written[: c.plan.results]]
         reads = [*(reads[k] for k in c.plan.saved_operands), *(written[k] for k in c.plan.held), *cotangents]
 
