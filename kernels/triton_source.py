@@ -31,7 +31,8 @@ HELPERS: dict[str, str] = {
 
 @triton.jit
 def _tanh(x):
-    small = x * (1.0 + x * x * (-1.0 / 3.0 + x * x * (2.0 / 15.0 + x * x * (-17.0 / 315.0 + x * x * (62.0 / 2835.0)))))
+    u = x * x
+    small = x * tl.fma(u, tl.fma(u, tl.fma(u, tl.fma(u, 62.0 / 2835.0, -17.0 / 315.0), 2.0 / 15.0), -1.0 / 3.0), 1.0)
     e = tl.exp(-2.0 * tl.abs(x))
     large = (1.0 - e) / (1.0 + e)
     return tl.where(tl.abs(x) < 0.2, small, tl.where(x < 0.0, -large, large))
@@ -238,7 +239,7 @@ class _Kernel:
                 if i.role == "data":
                     yield from self._load(i)
                 elif i.role == "index":
-                    yield f"{i.name} = lane.to(tl.float32)"
+                    yield f"{i.name} = {'places + start' if lanes else 'lane.to(tl.float32)'}"
 
     def _store(self, out: Output, access: Access) -> str:
         label = out.name if out.name not in self.program.input else f"out_{out.name}"
@@ -339,6 +340,8 @@ class _Kernel:
     def _lane_loop(self, targets: set[str]) -> Iterator[str]:
         """The head of a loop over the lanes that makes the lane-wise values ``targets`` known."""
         needed = self.program.needed(targets)
+        if any(i.name in needed and i.role == "index" for i in self.program.inputs):
+            yield "places = tl.arange(0, BLOCK_L)[None, :].to(tl.float32)"  # a sum is cheaper than a conversion
         yield "for start in range(0, LANES, BLOCK_L):"
         for line in self._lanes("start"):
             yield "    " + line
@@ -381,10 +384,11 @@ class _Kernel:
         if value.op == "max":
             yield f"top_{name} = tl.maximum(top_{name}, next_{name}, propagate_nan=tl.PropagateNan.ALL)"
             return
-        yield f"new_{name} = tl.maximum(top_{name}, next_{name}, propagate_nan=tl.PropagateNan.ALL)"
-        yield f"base_{name} = tl.where(new_{name} == -float('inf'), 0.0, new_{name})"
-        yield f"sum_of_{name} = sum_of_{name} * tl.exp(top_{name} - base_{name}) + tl.exp(next_{name} - base_{name})"
-        yield f"top_{name} = new_{name}"
+        # s e^(m - M) + e^(x - M) for M = max(m, x): one of the two exponents is 0
+        yield f"step_{name} = tl.where(next_{name} == top_{name}, 0.0, next_{name} - top_{name})"
+        yield f"less_{name} = tl.exp(-tl.abs(step_{name}))"
+        yield f"sum_of_{name} = tl.where(step_{name} > 0.0, sum_of_{name} * less_{name} + 1.0, sum_of_{name} + less_{name})"
+        yield f"top_{name} = tl.maximum(top_{name}, next_{name}, propagate_nan=tl.PropagateNan.ALL)"
 
     def _final_pass(self) -> Iterator[str]:
         wide = [(o, a) for o, a in self.direct if self.program.out_kind(o).lanes]
