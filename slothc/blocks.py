@@ -92,10 +92,13 @@ def blocks(view: GraphView, items: Sequence[Region | Match]) -> list[Block]:
     found: list[Block] = []
     for (x, _), those in readers.items():
         those = sorted(those, key=lambda r: order[r.node])
-        adapted = [r for r in those if r.match]
-        candidates = [Block(makers[x], tuple(those), x)] if x in makers and any(r.linear.wanted for r in those) else []
-        candidates += [Block(None, tuple(adapted), adapted[0].x)] if len(adapted) > 1 else []
-        found += [b for b in candidates if (not b.region or _alone(view, x, those)) and _known(view, b, order)][:1]
+        whole = Block(makers.get(x), tuple(those), x)
+        if whole.region and any(r.linear.wanted for r in those) and _alone(view, x, those) and _known(view, whole, order):
+            found.append(whole)
+            continue
+        for given in dict.fromkeys(r.x for r in those):
+            adapted = Block(None, tuple(r for r in those if r.match and r.x is given), given)
+            found += [adapted] if len(adapted.readers) > 1 and _known(view, adapted, order) else []
     return found
 
 
@@ -131,7 +134,8 @@ def _native(view: GraphView, nodes: Sequence[fx.Node]) -> bool:
 
 
 def _remade(region: Region) -> bool:
-    return region.plan.backward is not None and remaking(region.plan) is not None
+    tensors = not any(o.number or o.complex for o in region.plan.forward.reads)
+    return tensors and region.plan.backward is not None and remaking(region.plan) is not None
 
 
 def _stacks(view: GraphView, match: Match) -> bool:

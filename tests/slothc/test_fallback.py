@@ -14,7 +14,7 @@ import tiny_models as tm
 import torch
 from slothc.gradients.plan import Plan
 from slothc.gradients.program import Program, Stage
-from slothc.kernels import rowwise_op
+from slothc.kernels import rowwise_op, siblings
 
 from slothc import found as finding
 from slothc import planning, rewrite
@@ -102,21 +102,24 @@ def test_6_verify_off_uses_what_it_is_given(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("error", [RuntimeError("out of resource: shared memory"), TypeError("no such kernel"), AssertionError("")])
 def test_6_a_kernel_that_does_not_launch_is_dropped(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    real = rowwise_op.call
+    def failing(real: Any) -> Any:
+        def call(plan: Plan | None, *more: Any) -> Any:
+            if plan is None or not plan.forward.program.reductions:
+                return real(plan, *more)
 
-    def failing(plan: Plan) -> Any:
-        if not plan.forward.program.reductions:
-            return real(plan)
+            def launch(*values: Any) -> Any:
+                raise error
 
-        def launch(*values: Any) -> Any:
-            raise error
+            return launch
 
-        return launch
+        return call
 
-    monkeypatch.setattr(rowwise_op, "call", failing)
+    for module in (rowwise_op, siblings):                                 # alone, and with the linears that read its result
+        monkeypatch.setattr(module, "call", failing(module.call))
     messages, counts = dropped("llama")
     assert messages and len(messages) == len(set(messages))
-    assert all("rms_norm at transformers/models/llama" in m and type(error).__name__ in m and str(error) in m for m in messages)
+    place = re.compile(r"rms_norm(\+linear)? at transformers/models/llama")
+    assert all(place.search(m) and type(error).__name__ in m and str(error) in m for m in messages)
     assert "rms_norm" not in counts and counts["gated_mlp"] == 2
 
 

@@ -22,7 +22,10 @@ CAUSES = {
         "between the linear and the loss stands transpose",              # several heads' logits, stacked before the loss
     ),
     "norm": (ONE, WRITTEN),
-    "rotated": (),
+    "rotated": (                                                         # of a frame that Dynamo makes again with a symbolic head width
+        "the row is cut at a place known only at run time",
+        "a concatenation joins pieces along an axis whose pieces cannot be told apart",
+    ),
     "gated": (),
 }  # fmt: skip
 
