@@ -158,6 +158,12 @@ def _random(*shape: int, grad: bool = True) -> torch.Tensor:
     return torch.randn(shape, device=DEVICE, dtype=DTYPE).requires_grad_(grad)
 
 
+def _tables(rows: int) -> torch.Tensor:
+    """Angles repeat after half a row, as a model's do; Liger reads the first half only."""
+    half = _random(rows, HEAD // 2, grad=False)
+    return torch.cat((half, half), -1)
+
+
 def _vocab_arguments(tokens: int, width: int, size: int) -> Arguments:
     weight = (_random(size, width, grad=False) / width**0.5).requires_grad_(False)
     return _random(tokens, width), weight, torch.randint(size, (tokens,), device=DEVICE)
@@ -180,7 +186,7 @@ def _cases() -> dict[str, Case]:
         for name, function, peer in (("swiglu", glu, liger_glu), ("geglu", geglu, liger_geglu)):
             found[f"{name} {at}"] = Case(function, lambda x=x: (x(), x()), (3 * size, 5 * size), "TB/s", {"liger": peer})
     for rows in ROTATED_SIZES:
-        size, tables = rows * HEADS * HEAD * ITEM, partial(_random, rows, HEAD, grad=False)
+        size, tables = rows * HEADS * HEAD * ITEM, partial(_tables, rows)
         q = partial(_random, 1, HEADS, rows, HEAD)
         found[f"rope {rows} x {HEADS} x {HEAD}"] = Case(
             rope, lambda q=q, t=tables: (q(), t(), t()), (2 * size, 2 * size), "TB/s", {"liger": liger_rope}

@@ -19,7 +19,7 @@ from .lift_forms import same
 from .naming import Part, parts
 from .options import Options
 from .planning import plan
-from .regions import ARITHMETIC, FLOATS, JOINS, Cone, Growth, behind, leaves
+from .regions import ARITHMETIC, FLOATS, JOINS, LARGEST, Cone, Growth, behind, leaves
 from .statistics import counts
 from .structure import structure
 from .traffic import traffic
@@ -249,7 +249,7 @@ def _with_producer(found: Found, growth: Growth, region: Region) -> Region:
         if view.op(leaf).kind not in PRODUCERS or view.dtype(leaf) not in FLOATS or not computed or not _as_large(view, leaf, cone.sink):
             continue
         merged = Cone(cone.nodes | inner.nodes, (cone.sink, leaf))
-        if not placeable(view, growth, merged):
+        if len(merged.nodes) > LARGEST or not placeable(view, growth, merged):
             continue
         known, nodes, inputs = _look(view, merged)
         if known.plan is not None:
