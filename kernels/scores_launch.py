@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .direct import Direct
 from .scores_program import triton_functions
+from .triton_launch import memory
 
 SHIFTS = {torch.bfloat16: 8, torch.float16: 5}     # of the bits that rounding takes from fp32, 16 and 13, the first eight are kept
 KEPT = 512
@@ -75,14 +76,6 @@ def shapes(name: str, width: int, size: int, memory: int) -> list[Blocks]:
     table = next(s for most, s in tables.items() if width <= 2 * most)
     fitting = [b for b in table if shared(name, b, width, size) <= memory]
     return fitting or [table[-1]]
-
-
-@functools.cache
-def memory(device: torch.device) -> int:
-    """Bytes of shared memory that a program may have on the device."""
-    if device.type != "cuda":
-        return 1 << 16
-    return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 1 << 16))
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,14 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
+@functools.cache
+def memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may have on the device."""
+    if device.type != "cuda":
+        return 1 << 16
+    return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 1 << 16))
+
+
 @dataclass(frozen=True)
 class Shape:
     """The launch of one kernel: rows of a block, lanes of the blocks that are side by side, warps, grid, how many rows of partial sums
@@ -83,15 +91,15 @@ def choose(p: Pass, bound: Bound, device: torch.device) -> Shape:
     if sums:
         here = PROGRAMS_PER_PROCESSOR if warps <= 8 else 1
         programs = min(blocks, max(1, processors(device) * here // min(across, 4)))
-    stages = _stages(p, block_r * block_l) if sums and not loop else 1
+    stages = _stages(p, block_r * block_l, min(STAGED, memory(device) // 2)) if sums and not loop else 1
     return Shape(loop, block_r, pieces or (block_l,), warps, (programs, across), programs if sums else 0, stages)
 
 
-def _stages(p: Pass, elements: int) -> int:
+def _stages(p: Pass, elements: int, most: int) -> int:
     """Blocks of rows on their way at once: three where their shared memory leaves room for the other program of the processor."""
     rows = [p.reads[a.tensor].dtype for i, a in zip(p.program.inputs, p.loads) if a is not None and i.kind.rows and i.kind.lanes]
     size = elements * sum(DTYPE[d].itemsize for d in rows)
-    return next((n for n in (3, 2) if n * size <= STAGED), 1)
+    return next((n for n in (3, 2) if n * size <= most), 1)
 
 
 def _pieces(lanes: int) -> tuple[int, ...]:
