@@ -130,6 +130,8 @@ class _Siblings(torch.autograd.Function):
     def forward(ctx: Any, s: Siblings, *tensors: Tensor) -> tuple[Tensor, ...]:
         results, stored, rows, t, a = _forward(s, tensors)
         ctx.s, ctx.stored, ctx.lead = s, len(stored), results[0].shape[:-1]
+        ctx.set_materialize_grads(False)                                  # no gradient of y, none of W: not zeros
+        ctx.like = [(r.shape, r.dtype, r.device) for r in results]
         kept = [tensors[k] for k in s.kept] if s.plan is not None else [rows]
         ctx.save_for_backward(*kept, *stored, t, a, *(tensors[k] for k in s.base))
         ctx.shape = tensors[0].shape
@@ -138,9 +140,11 @@ class _Siblings(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *given: Tensor | None) -> tuple[Tensor | None, ...]:
         s: Siblings = ctx.s
         count = len(s.linears)
+        gradients = [torch.zeros(n, dtype=d, device=e) if g is None else g for g, (n, d, e) in zip(given, ctx.like)]
+        reached = [g is not None for m, g in zip(s.linears, given) for _ in m.operands]
         saved, held = ctx.saved_tensors, len(s.kept) + ctx.stored            # read once: a checkpoint gives them out once
         kept, (t, a, *base) = saved[:held], saved[held:]
         gs = [_rows(g) for g in gradients[:count]]
@@ -152,7 +156,8 @@ class _Siblings(torch.autograd.Function):
                 x, found[1] = kept[0], dx.view(ctx.shape)
             else:
                 x = _region_backward(ctx, s, kept, [dx.view(*ctx.lead, dx.shape[1]), *gradients[count:]], found)
-            return (*found, *code.weights(*gs, x, t, u))
+            own = code.weights(*gs, x, t, u)
+        return (*found, *(g if r else None for g, r in zip(own, reached)))
 
 
 def _region_backward(ctx: Any, s: Siblings, kept: Sequence[Tensor], gradients: Sequence[Tensor], found: list[Tensor | None]) -> Tensor:

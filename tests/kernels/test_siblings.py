@@ -118,6 +118,18 @@ def test_plain_linears_beside_adapted_ones(name: str, linears: tuple[Linear, ...
     errors.over(lambda: compare(errors, lambda a, g: run(ours, a, g).values, whole, made()))
 
 
+def test_what_no_gradient_reaches_gets_none() -> None:
+    """As in eager, where an optimizer then leaves the weight alone."""
+    plan = region_of(gated, draw(2, 0), torch.float32).plan
+    gate, up, a, b = (torch.randn(*n, 32).requires_grad_() for n in ((2, 5), (2, 5), (24,), (16,)))
+    first, _ = siblings.call(plan, [Linear(trained=True)] * 2)(gate, up, a, b)
+    found = torch.autograd.grad(first.square().sum(), (gate, up, a, b), allow_unused=True)
+    true = torch.autograd.grad(F.linear(gated(gate, up), a).square().sum(), (gate, up, a, b), allow_unused=True)
+    assert found[3] is None and true[3] is None
+    for ours, eager in zip(found[:3], true[:3]):
+        torch.testing.assert_close(ours, eager)
+
+
 def test_x_is_not_kept() -> None:
     """Of a region's result nothing is left for the backward: what is saved are its operands, T [tokens, ranks], A and the weights."""
     plan = region_of(gated, draw(2, 0), torch.float32).plan
