@@ -17,7 +17,8 @@ from .binding import DTYPE, Bound, fold_rows, put, summed
 from .cache import load
 from .direct import Direct
 from .records import Launch, Recorded, clear
-from .triton_source import Groups, arguments, block_names, source, splits, staged, tensors
+from .triton_pieces import block_names
+from .triton_source import Groups, arguments, source, splits, staged, tensors
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 ROW_LIMIT = 16384            # lanes of a row that one block holds: 16 warps x 32 threads x 32 fp32 registers

@@ -8,15 +8,14 @@ Column-vector gradients are summed by a persistent grid: each program keeps part
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import reduce
+from collections.abc import Iterator, Sequence
 
 from slothc.gradients.geometry import Access
 from slothc.gradients.plan import Lookup, Pass
 from slothc.gradients.program import Input, Output, Reduce, Stage
 
 from .expression import TRITON, render
+from .triton_pieces import COMBINED, block_names, in_pieces
 
 ELEMENT = {"fp32": "tl.float32", "bf16": "tl.bfloat16", "fp16": "tl.float16", "fp64": "tl.float64", "i64": "tl.int64", "i32": "tl.int32",
            "i16": "tl.int16", "i8": "tl.int8", "u8": "tl.uint8", "bool": "tl.int1"}  # fmt: skip
@@ -62,8 +61,6 @@ def _logsumexp(x, ok):
 }
 
 Groups = tuple[tuple[int, ...], ...]
-# what two blocks' reductions are combined by
-COMBINED = {"sum": "{0} + {1}", "max": "tl.maximum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)"}
 
 
 def source(p: Pass, groups: Groups, loop: bool, name: str = "kernel", pieces: int = 1) -> str:
@@ -87,11 +84,6 @@ def splits(p: Pass) -> bool:
 def staged(p: Pass, loop: bool) -> bool:
     """Whether a tile kernel of the pass goes over many blocks of rows, and takes ``STAGES``: how many are on their way at once."""
     return not loop and any(o.over_rows and not p.folded(k) for k, o in enumerate(p.program.outputs))
-
-
-def block_names(pieces: int) -> tuple[str, ...]:
-    """The kernel's constants for the lanes of its blocks."""
-    return ("BLOCK_L", *(f"BLOCK_L{k}" for k in range(1, pieces)))
 
 
 def arguments(p: Pass, groups: Groups) -> list[tuple[str, int, str]]:
@@ -168,7 +160,7 @@ class _Kernel:
         yield f"{' ' * (5 + len(name))}{', '.join(f'{c}: tl.constexpr' for c in constants)}):"
         lines = self._loop() if loop else self._tile()
         if pieces > 1:
-            lines = _in_pieces(lines, self._lanewise(), self._reduced(), pieces)
+            lines = in_pieces(lines, self._lanewise(), self._reduced(), pieces)
         yield from ("    " + line for line in lines)
 
     def _lanewise(self) -> set[str]:
@@ -414,25 +406,3 @@ class _Kernel:
         for out, access in self.direct:
             if not self.program.out_kind(out).lanes:
                 yield self._store(out, access)
-
-
-def _in_pieces(lines: Iterable[str], lanewise: set[str], reduced: Mapping[str, str], pieces: int) -> Iterator[str]:
-    """The lines of a tile kernel with each that is about lanes once for every block; reductions of the blocks are combined."""
-    about = re.compile(rf"\b({'|'.join(sorted(lanewise, key=len, reverse=True))}|BLOCK_L)\b")
-
-    def of(line: str, k: int) -> str:
-        return about.sub(lambda m: (m[0] if k == 0 else f"{m[0]}{k}") if m[0] == "BLOCK_L" else f"{m[0]}_{k}", line)
-
-    starts = ["tl.program_id(1) * BLOCK_L", *(" + ".join(block_names(k)) for k in range(1, pieces))]
-    for line in lines:
-        body = line.lstrip()
-        name = body.split(" = ")[0]
-        if not about.search(line):
-            yield line
-        elif name in reduced:
-            pad, text = line[: len(line) - len(body)], body.removeprefix(f"{name} = ")
-            yield f"{pad}{name} = {reduce(lambda a, b: reduced[name].format(a, b), (of(text, k) for k in range(pieces)))}"
-        elif name == "lane" and "tl.arange" in body:
-            yield from (of(line.replace(starts[0], "@"), k).replace("@", starts[k]) for k in range(pieces))
-        else:
-            yield from (of(line, k) for k in range(pieces))

@@ -121,9 +121,10 @@ def _plain(view: GraphView, items: Sequence[Region | Match]) -> Iterator[Reader]
             continue
         x, weight, bias = op.args
         own = (weight, bias) if bias is not None else (weight,)
+        if not view.needs_grad(weight) and bias is not None and view.needs_grad(bias):
+            continue                                                       # its gradient needs no x, and the weight's is not wanted
         if view.value(weight).dim() == 2 and _native(view, (x, *own, node)) and view.value(node).shape[:-1] == view.value(x).shape[:-1]:
-            trained = any(map(view.needs_grad, own))
-            yield Reader(x, node, (node,), own, Linear(trained=trained, bias=bias is not None))
+            yield Reader(x, node, (node,), own, Linear(trained=view.needs_grad(weight), bias=bias is not None))
 
 
 def _native(view: GraphView, nodes: Sequence[fx.Node]) -> bool:

@@ -36,7 +36,7 @@ Function = Callable[..., Any]
 
 
 @dataclass
-class _Sum:
+class Distances:
     """Squared distances to truth, and truth's own norm, over all draws."""
 
     ours: float = 0.0
@@ -142,7 +142,7 @@ def _errors(
 ) -> dict[str, tuple[float, float, float]]:  # fmt: skip
     eager = extract(view, nodes, inputs, results, resize)
     truth = in_double(eager)
-    sums: dict[str, _Sum] = {}
+    sums: dict[str, Distances] = {}
     dtypes: dict[str, torch.dtype] = {}
     torch.manual_seed(21 if steady else 20)
     for positive in (True,) if steady else (False, True):                 # log, sqrt and powers have values at positive draws only
@@ -227,7 +227,7 @@ def _hint(value: Any) -> Any:
 
 def _compare(
     view: GraphView, inputs: Sequence[fx.Node], values: list[Any], eager: Function, truth: Function, ours: Function,
-    sums: dict[str, _Sum], dtypes: dict[str, torch.dtype],
+    sums: dict[str, Distances], dtypes: dict[str, torch.dtype],
 ) -> int:  # fmt: skip
     wrt = [k for k, v in enumerate(values) if view.needs_grad(inputs[k]) and isinstance(v, Tensor) and v.is_floating_point()]
     runs = [_run(f, values, wrt, wide) for f, wide in ((ours, False), (eager, False), (truth, True))]
@@ -242,7 +242,7 @@ def _compare(
         dtypes[name] = found[1].dtype
         finite = found[1].isfinite() & found[2].isfinite()                    # where eager itself overflows nothing is to be held
         if bool(finite.any()) or finite.numel() == 0:
-            sums.setdefault(name, _Sum()).add(*(t[finite] for t in found))
+            sums.setdefault(name, Distances()).add(*(t[finite] for t in found))
     return max((r.numel() for r in runs[1].results), default=0)
 
 

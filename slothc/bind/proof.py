@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from slothc.check import SLACK, TINY
+from slothc.check import TINY, Distances
 from slothc.errors import RegionDropped
 from slothc.kernels.scores import attend
 from slothc.kernels.scores_written import written
@@ -39,19 +39,17 @@ def attended(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor
 def _wrong(q: Tensor, v: Tensor, group: int, flags: torch.dtype | None, sink: bool, how: dict[str, Any]) -> str | None:
     """What is wrong with the kernel; None if nothing is."""
     how = {**how, "window": WINDOW if how["kind"] == "sliding_window" else 0}
-    sums: dict[str, list[float]] = {}
+    sums: dict[str, Distances] = {}
     with _disable_current_modes(), torch.inference_mode(False), torch.enable_grad():
         for seed in range(DRAWS):
             given, mask, upstream = _drawn(seed, q, v, group, flags, sink)
             runs = [_everything(f, given, mask, upstream, wide, how) for f, wide in ((attend, False), (written, False), (written, True))]
             for name, ours, eager, true in zip(("result", "dq", "dk", "dv", "gradient of the sinks"), *runs):
-                found = sums.setdefault(name, [0.0, 0.0, 0.0])
-                for n, t in enumerate((ours - true, eager - true, true)):
-                    found[n] += float(t.square().sum())
-    for name, (ours, eager, true) in sums.items():
-        errors = [(e / true) ** 0.5 if true else e**0.5 for e in (ours, eager)]
-        if not errors[0] <= SLACK * errors[1] + TINY[q.dtype]:
-            return f"{name} is {errors[0]:.2e} from float64 truth, eager {errors[1]:.2e}"
+                sums.setdefault(name, Distances()).add(ours, eager, true)
+    for name, found in sums.items():
+        if not found.holds(TINY[q.dtype]):
+            ours, eager = found.errors()
+            return f"{name} is {ours:.2e} from float64 truth, eager {eager:.2e}"
     return None
 
 

@@ -35,40 +35,36 @@ def shapes(blocks: list[Block]) -> list[tuple[str, int]]:
     return [(b.rule, len(b.readers)) for b in blocks]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3"])
-def test_blocks_of_a_model_hold_the_contract(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tm.model(name, dtype, lora=True)
+def held(name: str, dtype: torch.dtype, lora: bool, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """The blocks of a model whose steps hold the contract."""
+    model = tm.model(name, dtype, lora=lora)
     with recorded(monkeypatch) as graphs:
         fast = torch.compile(model, backend="sloth")
         draws = [tm.batch(seed=s) for s in range(5)]
         ours, eager, true = ([run(x) for x in draws] for run in (
             lambda x: tm.step(model, fast, **x), lambda x: tm.step(model, **x), lambda x: tm.truth(model, **x)
         ))  # fmt: skip
-    found = shapes(graphs[0].blocks)
+    mean = lambda found: (sum(tm.distance(f, t) ** 2 for f, t in zip(found, true)) / len(true)) ** 0.5  # noqa: E731
+    assert mean(ours) <= 1.10 * mean(eager) + tm.TINY[dtype]
+    return shapes(graphs[0].blocks)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3"])
+def test_blocks_of_a_model_hold_the_contract(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = held(name, dtype, True, monkeypatch)
     # the first layer's q, k, v: nothing before them wants a gradient
     assert found.count(("lora_linear", 3)) == 1 and found.count(("rms_norm+lora_linear", 3)) == 1
     assert found.count(("rms_norm+lora_linear", 2)) == 2 and found.count(("gated_mlp+lora_linear", 1)) == 2
-    mean = lambda found: (sum(tm.distance(f, t) ** 2 for f, t in zip(found, true)) / len(true)) ** 0.5  # noqa: E731
-    assert mean(ours) <= 1.10 * mean(eager) + tm.TINY[dtype]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2"])
 def test_what_trained_linears_read_is_not_kept(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Full fine-tuning: norms and gated products are made again for the gradients of the weights."""
-    model = tm.model(name, dtype)
-    with recorded(monkeypatch) as graphs:
-        fast = torch.compile(model, backend="sloth")
-        draws = [tm.batch(seed=s) for s in range(5)]
-        ours, eager, true = ([run(x) for x in draws] for run in (
-            lambda x: tm.step(model, fast, **x), lambda x: tm.step(model, **x), lambda x: tm.truth(model, **x)
-        ))  # fmt: skip
-    found = shapes(graphs[0].blocks)
+    found = held(name, dtype, False, monkeypatch)
     assert found.count(("rms_norm+linear", 3)) == 2 and found.count(("rms_norm+linear", 2)) == 2
     assert found.count(("gated_mlp+linear", 1)) == 2
-    mean = lambda found: (sum(tm.distance(f, t) ** 2 for f, t in zip(found, true)) / len(true)) ** 0.5  # noqa: E731
-    assert mean(ours) <= 1.10 * mean(eager) + tm.TINY[dtype]
 
 
 def test_members_are_counted_and_covered_once(monkeypatch: pytest.MonkeyPatch) -> None:
