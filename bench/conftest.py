@@ -32,16 +32,32 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 
 def summary(found: list[Any]) -> str:
-    """One line for each operation and pass: microseconds of each system, sloth's rate, and its share of the limit."""
+    """A line for each operation and pass: microseconds of each system, sloth's rate, its share of the limits; then the memory of losses."""
     limits = {r.unit: r.work / r.seconds for r in found if r.system == "limit"}
-    systems = list(dict.fromkeys(r.system for r in found if r.system != "limit"))
-    times = {(r.operation, r.direction, r.system): r for r in found if r.system != "limit"}
+    copies = {r.work: r.seconds for r in found if r.system == "limit of its size"}
+    rows = [r for r in found if not r.system.startswith("limit")]
+    systems = list(dict.fromkeys(r.system for r in rows))
+    times = {(r.operation, r.direction, r.system): r for r in rows}
     lines = []
     for operation, direction in dict.fromkeys((o, d) for o, d, _ in times):
         those = [times.get((operation, direction, s)) for s in systems]
         line = [operation, direction, *("" if r is None else f"{r.seconds * 1e6:.1f}" for r in those)]
-        ours = times.get((operation, direction, "sloth"))
-        rate = ours.work / ours.seconds if ours else 0.0
-        lines.append([*line, f"{rate / 1e12:.2f} {ours.unit}", f"{rate / limits[ours.unit]:.0%}"] if ours else [*line, "", ""])
+        lines.append([*line, *_shares(times.get((operation, direction, "sloth")), limits, copies)])
     best = ", ".join(f"{r.operation} {r.work / r.seconds / 1e12:.2f} {r.unit}" for r in found if r.system == "limit")
-    return f"limits: {best}\n\n" + tables.markdown(["operation", "pass", *systems, "sloth's rate", "of the limit"], lines)
+    head = ["operation", "pass", *systems, "sloth's rate", "of the limit", "of a copy"]
+    text = f"limits: {best}\n\n" + tables.markdown(head, lines)
+    peaks = {(r.operation, r.system): r.peak for r in rows if r.peak}
+    if peaks:
+        names = dict.fromkeys(o for o, _ in peaks)
+        text += "\n\n" + tables.markdown(
+            ["peak GiB", *systems], [[o, *(f"{peaks[o, s] / 2**30:.2f}" if (o, s) in peaks else "" for s in systems)] for o in names]
+        )
+    return text
+
+
+def _shares(ours: Any, limits: dict[str, float], copies: dict[float, float]) -> list[str]:
+    if ours is None:
+        return ["", "", ""]
+    rate = ours.work / ours.seconds
+    copy = f"{copies[ours.work] / ours.seconds:.0%}" if ours.work in copies else ""
+    return [f"{rate / 1e12:.2f} {ours.unit}", f"{rate / limits[ours.unit]:.0%}", copy]

@@ -4,9 +4,11 @@
     python -m pytest bench/kernels.py -k rms_norm
 
 The plain function of each name is what is compiled, so sloth's rows are what any model with that formula gets.
-pytest-benchmark's figures are wall time of both passes with the launches. The closing table is the device's time (events, cache flushed,
+pytest-benchmark's figures are wall time of both passes with the launches. The closing tables: the device's time (events, cache flushed,
 median) in microseconds, and the share that sloth reaches of what a plain copy moves, or a plain matmul multiplies, on the same machine in
-the same run: bytes that must move, each once, or multiplications that must happen.
+the same run: bytes that must move, each once, or multiplications that must happen. ``of a copy``: of the time that a copy of as many bytes
+takes, which for the smallest of these sizes is more than its share of a long one's. For the loss: the most that is allocated at once,
+operands and gradients with it.
 """
 
 from __future__ import annotations
@@ -62,6 +64,7 @@ class Row:
     seconds: float
     work: float
     unit: str
+    peak: float = 0.0                                                     # bytes
 
 
 def norm(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
@@ -164,8 +167,8 @@ def _tables(rows: int) -> torch.Tensor:
     return torch.cat((half, half), -1)
 
 
-def _vocab_arguments(tokens: int, width: int, size: int) -> Arguments:
-    weight = (_random(size, width, grad=False) / width**0.5).requires_grad_(False)
+def _vocab_arguments(tokens: int, width: int, size: int, trained: bool) -> Arguments:
+    weight = (_random(size, width, grad=False) / width**0.5).requires_grad_(trained)
     return _random(tokens, width), weight, torch.randint(size, (tokens,), device=DEVICE)
 
 
@@ -194,9 +197,11 @@ def _cases() -> dict[str, Case]:
     for tokens, width, size, cap in VOCAB_SIZES:
         product = 2.0 * tokens * width * size
         peers = {"liger": partial(liger_vocab, cap), "cut-cross-entropy": partial(cut_cross_entropy, cap)}
-        name = f"cross_entropy {tokens} x {width} x {size}{f', soft-cap {cap:.0f}' if cap else ''}"
-        draw = partial(_vocab_arguments, tokens, width, size)
-        found[name] = Case(partial(vocab, cap), draw, (product, 2 * product), "TFLOP/s", peers)
+        for trained in (False, True):
+            what = f"{f', soft-cap {cap:.0f}' if cap else ''}{', weight trained' if trained else ''}"
+            draw = partial(_vocab_arguments, tokens, width, size, trained)
+            work = (product, 2 * product if trained else product)
+            found[f"cross_entropy {tokens} x {width} x {size}{what}"] = Case(partial(vocab, cap), draw, work, "TFLOP/s", peers)
     return found
 
 
@@ -253,6 +258,17 @@ def seconds(work: Callable[[], Any], repeats: int) -> float:
     return statistics.median(found)
 
 
+def peak(work: Callable[[], Any], arguments: Arguments) -> float:
+    """Bytes allocated at most while ``work`` runs, its arguments with them; 0 on a CPU."""
+    if not CUDA:
+        return 0.0
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    work()
+    return float(torch.cuda.max_memory_allocated() - before + sum(x.nbytes for x in arguments))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def limits(kernel_table: list[Row]) -> None:
     """What the machine does at best: a copy of 1 GiB and a square bf16 matmul (small ones on a CPU)."""
@@ -262,6 +278,10 @@ def limits(kernel_table: list[Row]) -> None:
     m, n = (torch.randn(side, side, dtype=DTYPE, device=DEVICE) for _ in range(2))
     kernel_table.append(Row("copy", "limit", "", seconds(lambda: b.copy_(a), 20), 2 * size * ITEM, "TB/s"))
     kernel_table.append(Row("matmul", "limit", "", seconds(lambda: m @ n, 20), 2 * side**3, "TFLOP/s"))
+    for moved in {w for case in CASES.values() for w in case.work if case.unit == "TB/s"}:
+        count = int(moved) // (2 * ITEM)
+        copied = seconds(lambda count=count: b[:count].copy_(a[:count]), 20)
+        kernel_table.append(Row("copy", "limit of its size", "", copied, moved, "TB/s"))
 
 
 PAIRS = [(name, system) for name, case in CASES.items() for system in ("eager", "inductor", "sloth", *case.peers)]
@@ -294,7 +314,8 @@ def test_kernel(benchmark: Any, kernel_table: list[Row], name: str, system: str)
     passes = {"both": both} if case.unit == "TFLOP/s" else {"forward": forward, "backward": backward}
     for direction, work in passes.items():
         amount = sum(case.work) if direction == "both" else case.work[direction == "backward"]
-        kernel_table.append(Row(name, system, direction, seconds(work, 20 if CUDA else 3), amount, case.unit))
+        most = peak(work, arguments) if direction == "both" else 0.0
+        kernel_table.append(Row(name, system, direction, seconds(work, 20 if CUDA else 3), amount, case.unit, most))
     benchmark.group = name
     benchmark.pedantic(lambda: (both(), synchronize()), rounds=5, warmup_rounds=1, setup=flush)
 

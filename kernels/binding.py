@@ -106,7 +106,7 @@ class Binder:
         loads = [self._load(a, reads, values) if a else None for a in self.p.loads]
         stores = [self._place(a, writes[a.tensor].stride(), values) for a in self.p.stores]
         placed = [x for x in (*loads, *stores) if x]
-        groups = _merge(shape, [*placed, *(x.table.index for x in placed if x.table)])
+        groups = _merge(shape, _order(stores, loads), [*placed, *(x.table.index for x in placed if x.table)])
         wide = any(_extent(t) >= 2**31 for t in (*reads, *writes)) or prod(shape) * lanes >= 2**31
         return Bound(
             tuple(prod(shape[i] for i in g) for g in groups), lanes, groups,
@@ -240,10 +240,20 @@ class Blanks:
         return results
 
 
-def _merge(shape: list[int], placements: list[Placement]) -> tuple[tuple[int, ...], ...]:
+def _order(stores: Sequence[Placement], loads: Sequence[Placement | None]) -> list[int]:
+    """The row axes, outermost first, as they lie in the memory of the access that varies with most of them.
+
+    Neighbours in memory are then neighbours in time, and what has no such axis (a table of angles beside heads) is read once for all.
+    """
+    most = max((*stores, *(x for x in loads if x)), key=lambda x: sum(s != 0 for s in x.rows))
+    return sorted(range(len(most.rows)), key=lambda axis: -abs(most.rows[axis]))
+
+
+def _merge(shape: list[int], order: list[int], placements: list[Placement]) -> tuple[tuple[int, ...], ...]:
     """Adjacent row axes become one loop where, for every access, outer stride = inner stride * inner size."""
     groups: list[tuple[int, ...]] = []
-    for axis, size in enumerate(shape):
+    for axis in order:
+        size = shape[axis]
         if size == 1:
             continue
         if groups:

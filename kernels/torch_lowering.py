@@ -23,7 +23,7 @@ from .expression import TORCH, render
 from .lookup import look_up
 from .records import Launch, Recorded, clear
 
-SLICE = int(os.environ.get("SLOTH_CPU_SLICE", 1 << 16))      # elements of an input in one slice: 256 KiB of fp32
+SLICE = int(os.environ.get("SLOTH_CPU_SLICE", 1 << 17))      # elements of an input in one slice, about: 512 KiB of fp32
 
 
 def source(program: Program) -> str:
@@ -90,7 +90,7 @@ class TorchLauncher(Recorded):
         if bound.rows == 0 or bound.lanes == 0:
             return clear
         axis = max(range(len(bound.shape)), key=lambda a: bound.shape[a])
-        step = max(1, bound.shape[axis] * SLICE // (bound.rows * bound.lanes))
+        step = -(-bound.shape[axis] // max(1, round(bound.rows * bound.lanes / SLICE)))
         index = torch.arange(bound.lanes, dtype=torch.float32, device=reads[0].device).view(*(1 for _ in bound.shape), -1)
 
         @torch.no_grad()

@@ -18,7 +18,7 @@ from .cache import load
 from .direct import Direct
 from .records import Launch, Recorded, clear
 from .triton_pieces import block_names
-from .triton_source import Groups, arguments, source, splits, staged, tensors
+from .triton_source import Groups, arguments, flat, source, splits, staged, tensors
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 ROW_LIMIT = 16384            # lanes of a row that one block holds: 16 warps x 32 threads x 32 fp32 registers
@@ -93,7 +93,8 @@ def choose(p: Pass, bound: Bound, device: torch.device) -> Shape:
         here = PROGRAMS_PER_PROCESSOR if warps <= 8 else 1
         programs = min(blocks, max(1, processors(device) * here // min(across, 4)))
     stages = _stages(p, block_r * block_l, min(STAGED, memory(device) // 2)) if sums and not loop else 1
-    return Shape(loop, block_r, pieces or (block_l,), warps, (programs, across), programs if sums else 0, stages)
+    grid = (programs * across, 1) if flat(p) else (programs, across)
+    return Shape(loop, block_r, pieces or (block_l,), warps, grid, programs if sums else 0, stages)
 
 
 def _stages(p: Pass, elements: int, most: int) -> int:

@@ -86,6 +86,11 @@ def staged(p: Pass, loop: bool) -> bool:
     return not loop and any(o.over_rows and not p.folded(k) for k, o in enumerate(p.program.outputs))
 
 
+def flat(p: Pass) -> bool:
+    """Whether the programs of a tile kernel are numbered through, a row's blocks one after another: nothing is summed in them."""
+    return not p.program.reductions and not any(o.over_rows and not p.folded(k) for k, o in enumerate(p.program.outputs))
+
+
 def arguments(p: Pass, groups: Groups) -> list[tuple[str, int, str]]:
     """The integer arguments for accesses, in order: (argument, number of the access, what: "offset", "lane" or the group's number)."""
     found: list[tuple[str, int, str]] = []
@@ -273,14 +278,18 @@ class _Kernel:
     def _tile(self) -> Iterator[str]:
         stages = self.program.stages
         needed = set(self.kinds)
-        yield from self._lanes("tl.program_id(1) * BLOCK_L")
+        first = "tl.program_id(1) * BLOCK_L"
+        if flat(self.p):                                                  # neighbours in a row are neighbours in time
+            yield "across = tl.cdiv(LANES, BLOCK_L)"
+            first = "tl.program_id(0) % across * BLOCK_L"
+        yield from self._lanes(first)
         yield from self._inputs(needed, rows=False)
         for out in self.sums:
             yield f"acc_{out.name} = tl.zeros({self._sum_shape(out)}, tl.float32)"
         if self.sums:
             yield "for block in tl.range(tl.program_id(0), tl.cdiv(ROWS, BLOCK_R), tl.num_programs(0), num_stages=STAGES):"
         else:
-            yield "block = tl.program_id(0)"
+            yield f"block = tl.program_id(0){' // across' if flat(self.p) else ''}"
         pad = "    " if self.sums else ""
         for line in (*self._rows(), *self._inputs(needed, rows=True), *(self._equation(s) for s in stages)):
             yield pad + line

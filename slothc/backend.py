@@ -11,6 +11,7 @@ import torch
 from torch import fx
 from torch._dynamo.backends.registry import lookup_backend
 
+from . import recorder
 from .checkpointing import keep_random_states
 from .errors import RegionDropped
 from .graphed import graphed
@@ -28,7 +29,7 @@ def sloth(
     chosen = Options.of({**(options or {}), **more})
     kept = _copy(module)
     try:
-        with torch._dynamo.utils.preserve_rng_state():
+        with recorder.alone, torch._dynamo.utils.preserve_rng_state():
             rewrite(module, chosen)
     except Exception as error:
         warnings.warn(f"sloth leaves a whole graph to eager: {type(error).__name__}: {error}", RegionDropped, stacklevel=2)

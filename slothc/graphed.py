@@ -94,6 +94,7 @@ class Graphed:
         inputs = [n for n in module.graph.nodes if n.op == "placeholder"]
         self.fixed = [k for k, n in enumerate(inputs) if _fixed(n)]
         self.numbers = {k for k, n in enumerate(inputs) if is_number(n)}
+        self.unused = {k for k, n in enumerate(inputs) if not n.users}
         self._sort(len(inputs))
         self.whole = any(n.target is checkpointed for n in module.graph.nodes)
         self.recorder: recorder.Recorder | None = None
@@ -108,7 +109,7 @@ class Graphed:
 
     def _sort(self, count: int) -> None:
         self.count = count
-        self.moving = [k for k in range(count) if k not in set(self.fixed)]
+        self.moving = [k for k in range(count) if k not in {*self.fixed, *self.unused}]
 
     def __call__(self, *given: Any) -> Any:
         if self.closed or not torch.is_grad_enabled() or _watched() or not self.lock.acquire(blocking=False):
@@ -290,7 +291,7 @@ class Graphed:
         return outputs
 
     def _unfit(self, given: Sequence[Any]) -> str | None:
-        tensors = [v for k, v in enumerate(given) if isinstance(v, Tensor) and k not in self.numbers]
+        tensors = [v for k, v in enumerate(given) if isinstance(v, Tensor) and k not in {*self.numbers, *self.unused}]
         if any(t.is_inference() for t in tensors):
             return "an input is an inference tensor"
         for t in tensors:

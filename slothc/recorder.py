@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
@@ -15,7 +16,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 T = TypeVar("T")
-_one_at_a_time = threading.RLock()
+alone = threading.RLock()  # a capture has the device's random numbers for itself: one at a time, and no compilation beside it
 
 
 class Recorder(Protocol):
@@ -47,24 +48,28 @@ class CudaRecorder:
         self.device = device
         self.index: int = device.index if device.index is not None else torch.cuda.current_device()
         self.pool = torch.cuda.graph_pool_handle()
+        self.graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()   # in the pool
         with torch.cuda.device(self.index):
             self.side = torch.cuda.Stream()
 
     def record(self, work: Callable[[], T]) -> tuple[T, Callable[[], None]]:
+        if not self.graphs:                                               # a pool that its last graph has left takes no other
+            self.pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with _one_at_a_time, torch.cuda.device(self.index):
+        with alone, torch.cuda.device(self.index):
             torch.cuda.synchronize()
             torch.cuda.empty_cache()                                      # under capture nothing can be given back
             _forget_workspaces()                                          # each graph has cuBLAS's in memory of its own
             with torch.cuda.stream(self.side):
-                graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")   # others' loaders may go on
                 try:
+                    graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")   # others' loaders may go on
                     result = work()
                     graph.capture_end()
                 except BaseException:
                     self._abandon(graph)
                     raise
             _forget_workspaces()
+        self.graphs.add(graph)
         return result, self._replay(graph)
 
     def _replay(self, graph: torch.cuda.CUDAGraph) -> Callable[[], None]:

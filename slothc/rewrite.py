@@ -130,8 +130,15 @@ def _check_together(view: GraphView, items: list[Region | Match | Block]) -> Non
             jobs.setdefault(job.key, job)
     if len(jobs) < 2:
         return
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        _verdicts.update(zip(jobs, pool.map(lambda job: _judge(view, job), jobs.values())))
+    autocast = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
+
+    def judge(job: _Job) -> str | None:
+        with torch.cuda.device(job.device), torch.autocast("cuda", *autocast, cache_enabled=False):   # a thread has its own
+            return _judge(view, job)
+
+    devices = [torch.device(d).index or 0 for d in {str(j.device) for j in jobs.values()}]
+    with torch.random.fork_rng(devices=devices), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        _verdicts.update(zip(jobs, pool.map(judge, jobs.values())))
 
 
 @dataclass(frozen=True)
@@ -197,7 +204,8 @@ def _match_job(view: GraphView, match: Match) -> _Job | None:
     text = " ".join(f"{_widths(view, n)}{view.value(n).dtype}{view.needs_grad(n)}" for n in tensors)
     static = {k: v for k, v in match.attrs.items() if isinstance(v, int | float | str | bool | torch.dtype | None)}
     plain = [a for a in arguments if not isinstance(a, fx.Node)]
-    autocast = torch.is_autocast_enabled(value.device.type) if value.device.type != "meta" else False
+    kind = value.device.type
+    autocast = torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
     key = f"{match.rule} {text} {static} {plain} {len(nodes)} {value.device} {autocast} {view.autocast(match.node)}"
     if missing:
         return None

@@ -464,7 +464,8 @@ def test_masks_that_change(where: str, name: str) -> None:
         inputs = batch(where, 3, 16, seed=k)
         inputs["labels"][mask == 0] = -100
         alike(tm.step(owner, run, **inputs, attention_mask=mask), tm.step(owner, **inputs, attention_mask=mask))
-    assert counts["replayed"] >= 5 and counts["recorded"] == (2 if name == "llama" else 1)                # the others' masks stay tensors
+    asked = name == "llama" or (name == "gemma2" and where == "cuda")     # the others' masks stay tensors
+    assert counts["replayed"] >= 5 and counts["recorded"] == (2 if asked else 1)
 
 
 def test_masks_of_sizes_that_alternate(where: str) -> None:
@@ -656,6 +657,22 @@ def test_numbers_are_part_of_the_signature(where: str) -> None:
         run(w, s).backward()
         same(w.grad, torch.full_like(w, s))
     assert counts["replayed"] > 0
+
+
+def test_an_input_that_nothing_reads(where: str) -> None:
+    """It may be anywhere: numbers that are part of a kernel's formula are left behind as such."""
+    graph = fx.Graph()
+    w, x, _ = graph.placeholder("w"), graph.placeholder("x"), graph.placeholder("unused")
+    graph.output((graph.call_function(torch.sum, (graph.call_function(torch.mul, (w, x)),)),))
+    for node in graph.nodes:
+        node.meta["example_value"] = torch.ones(4, device="meta" if node.name == "unused" else where)
+    run = graphed.graphed(fx.GraphModule(nn.Module(), graph))
+    w_, x_ = torch.ones(4, device=where, requires_grad=True), torch.full((4,), 3.0, device=where)
+    for _ in range(WARM + 2):
+        w_.grad = None
+        run(w_, x_, torch.ones(4, device="meta"))[0].backward()
+        same(w_.grad, x_)
+    assert counts["recorded"] == 1 and counts["replayed"] == 2
 
 
 def test_expanded_inputs(where: str) -> None:
