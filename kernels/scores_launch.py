@@ -45,13 +45,13 @@ SHAPES: dict[str, dict[int, tuple[Blocks, ...]]] = {
         128: (Blocks(64, 128, 8, 2), Blocks(64, 64, 8, 2), Blocks(32, 64, 4, 2)),
         256: (Blocks(32, 64, 8, 3), Blocks(32, 64, 8, 2), Blocks(32, 32, 4, 1)),
     },
-    "to_keys": {256: (Blocks(64, 64, 8, 2), Blocks(32, 64, 8, 2), Blocks(32, 32, 4, 1))},
-    "to_values": {256: (Blocks(64, 64, 8, 2), Blocks(32, 64, 8, 2), Blocks(32, 32, 4, 1))},
+    "to_keys": {256: (Blocks(32, 128, 8, 2), Blocks(64, 64, 8, 2), Blocks(32, 64, 8, 2), Blocks(32, 32, 4, 1))},
+    "to_values": {256: (Blocks(64, 128, 8, 2), Blocks(64, 64, 8, 2), Blocks(32, 64, 8, 2), Blocks(32, 32, 4, 1))},
 }
 SMALL = {64: (Blocks(64, 32, 4, 1), Blocks(32, 32, 4, 1)), 128: (Blocks(32, 32, 4, 1),), 256: (Blocks(16, 16, 4, 1),)}
 SMALL_MEMORY = 64 << 10
 PARTS = {"to_values": 1, "to_keys": 2, "to_both": 3}
-TOGETHER = 512        # columns of a query and a value up to which one kernel makes dk and dv; beyond, two make the scores once more
+TOGETHER = 384        # columns of a query and a value up to which one kernel makes dk and dv; beyond, two make the scores once more
 # fp32 products are exact, on the ordinary cores
 WIDE_SHAPES = (Blocks(32, 32, 4, 1), Blocks(16, 16, 4, 1))
 chosen: dict[tuple[str, int, int], Blocks] = {}    # what a benchmark, or a launch that did not fit, puts in place of a table's line

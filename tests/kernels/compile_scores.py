@@ -25,7 +25,7 @@ def kernels(arch: str) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any
     every = ((half, CASES), (torch.float32, CASES[1:2]))
     for dtype, cases in every if arch == "90" else ((half, CASES[::2]),):  # a kernel takes seconds: the others see one of each kind
         for chain, kind, mask, sink, dims, wide in cases:
-            for name in ("forward", "to_queries", *keyed(dims), *(("to_values", "to_keys") if dims[0] == 256 else ())):
+            for name in ("forward", "to_queries", *keyed(dims)):
                 kernel = scores_launch._kernel(name)
                 b = shapes(name, block(dims[0]) + block(dims[1]), dtype.itemsize, MEMORY[arch])[0]
                 values = constants(name, Form(chain, kind, mask, sink), dtype, 2, wide, dims, b)
