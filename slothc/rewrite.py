@@ -111,9 +111,10 @@ def _checked(view: GraphView, item: Region | Match | Block, options: Options) ->
 
 
 def _judge(view: GraphView, job: _Job) -> str | None:
-    """What is wrong with a rewrite; None if nothing is."""
+    """What is wrong with a rewrite; None if nothing is. What it saves is nobody's business: a checkpoint around the model would run it."""
     try:
-        check(view, job.nodes, job.inputs, job.results, job.ours, job.resizable)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+            check(view, job.nodes, job.inputs, job.results, job.ours, job.resizable)
     except VerificationFailed as error:
         return str(error)
     except Exception as error:

@@ -91,3 +91,16 @@ def test_a_loss_is_checked_on_few_rows_of_a_small_vocabulary() -> None:
     sizes = _smaller(found.view, inputs)
     assert (sizes[200], sizes[900]) == (72, 68)
     assert sizes[600] == 3 * sizes[200]
+
+
+def test_what_a_check_saves_goes_through_nobodys_hooks() -> None:
+    """A checkpoint around a compiled model would run the model for it: on a GPU in the thread that the check waits for."""
+    layer, packed = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.RMSNorm(8)), []
+    run = torch.compile(layer, backend="sloth", options={"verify": "always"})
+    counts = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t.shape) or t, lambda t: t):
+        for _ in range(2):
+            packed.clear()
+            run(torch.randn(4, 8, requires_grad=True)).sum().backward()
+            counts.append(len(packed))
+    assert counts[0] == counts[1] > 0

@@ -687,17 +687,22 @@ def test_expanded_inputs(where: str) -> None:
 
 def test_two_models_and_threads(where: str) -> None:
     owners = [tm.model("llama", seed=k).to(where) for k in range(2)]
-    runs, found = [compiled(o) for o in owners], dict[tuple[int, int], tm.Step]()
+    runs, found, failed = [compiled(o) for o in owners], dict[tuple[int, int], tm.Step](), list[Exception]()
 
     def work(k: int) -> None:
-        for draw in range(5):
-            found[k, draw] = tm.step(owners[k], runs[k], **batch(where, seed=draw))
+        try:
+            for draw in range(5):
+                found[k, draw] = tm.step(owners[k], runs[k], **batch(where, seed=draw))
+        except Exception as error:
+            failed.append(error)
 
     started = [threading.Thread(target=work, args=(k,)) for k in range(2)]
     for t in started:
         t.start()
     for t in started:
         t.join()
+    if failed:
+        raise failed[0]
     for k, draw in found:
         alike(found[k, draw], tm.step(owners[k], **batch(where, seed=draw)))
     assert len(found) == 10
