@@ -33,7 +33,7 @@ demo: $(READY) ## fine-tune SmolLM2-135M with LoRA, eager and sloth side by side
 	$(PY) -m slothc demo
 
 test: $(READY) ## run every test on two processes
-	$(PY) -m pytest -n 2 $(ARGS)
+	$(PY) -m pytest -n 2 --dist worksteal $(ARGS)
 
 zoo: $(READY) ## every causal LM of transformers: contract, graphs, PEFT, surroundings (under an hour on two cores)
 	$(PY) -m pytest tests/zoo -n 2 $(ARGS)

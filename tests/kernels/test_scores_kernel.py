@@ -81,8 +81,8 @@ class Case:
 
 CASES = {
     "plain": Case(),
-    "several blocks": Case(q=150, k=150, heads=4, groups=2, chain=CAP, kind="causal"),
-    "a window": Case(q=130, k=130, groups=2, chain=CAP, kind="sliding_window", window=40, sinks=True),
+    "several blocks": Case(q=150, k=150, heads=4, groups=2, chain=CAP, kind="causal", batch=1),
+    "a window": Case(q=130, k=130, groups=2, chain=CAP, kind="sliding_window", window=40, sinks=True, batch=1),
     "a window of one": Case(q=70, k=70, kind="sliding_window", window=1, sinks=True, batch=1),
     "a long window": Case(q=90, k=90, kind="sliding_window", window=75),
     "more keys than queries, causal": Case(q=33, k=100, kind="causal"),

@@ -56,12 +56,12 @@ def autocast_outside(name: str, dtype: torch.dtype) -> None:
         loss.backward()
         return tm.Step(loss.detach(), gradients(owner))
 
-    owner = whole.model(name, dtype)
+    owner = whole.shallow(name, dtype)
     whole.contract(owner, compiled(owner), BF16, step, whole.plain)
 
 
 def autocast_inside(name: str, dtype: torch.dtype) -> None:
-    owner = Cast(whole.model(name, dtype), BF16)
+    owner = Cast(whole.shallow(name, dtype), BF16)
 
     def exact(wide: Any, run: Callable[..., Any], draw: int) -> tm.Step:
         wide.dtype = None
@@ -86,7 +86,7 @@ def scaler(name: str, dtype: torch.dtype) -> None:
         scale.update()
         return tm.Step(loss.detach(), gradients(owner))
 
-    owner = whole.model(name, dtype)
+    owner = whole.shallow(name, dtype)
     whole.contract(owner, compiled(owner), torch.float16, step, whole.plain)
 
 
@@ -101,7 +101,7 @@ def accumulation(name: str, dtype: torch.dtype) -> None:
             total = total + loss.detach()
         return tm.Step(total, gradients(owner))
 
-    owner = whole.model(name, dtype)
+    owner = whole.shallow(name, dtype)
     whole.contract(owner, compiled(owner), dtype, step)
 
 
@@ -122,11 +122,11 @@ def _recomputed(owner: Any, dtype: torch.dtype, reentrant: bool) -> None:
 
 def checkpointing(name: str, dtype: torch.dtype) -> None:
     """Adapters with dropout."""
-    _recomputed(tm.adapted(whole.model(name, dtype), dropout=0.3).train(), dtype, reentrant=False)
+    _recomputed(tm.adapted(whole.shallow(name, dtype), dropout=0.3).train(), dtype, reentrant=False)
 
 
 def checkpointing_reentrant(name: str, dtype: torch.dtype) -> None:
-    _recomputed(whole.model(name, dtype, attention_dropout=0.2, attn_pdrop=0.2), dtype, reentrant=True)
+    _recomputed(whole.shallow(name, dtype, attention_dropout=0.2, attn_pdrop=0.2), dtype, reentrant=True)
 
 
 def _near(ours: Tensor, eager: Tensor, true: Tensor, dtype: torch.dtype) -> None:
@@ -138,7 +138,7 @@ def _near(ours: Tensor, eager: Tensor, true: Tensor, dtype: torch.dtype) -> None
 
 def modes(name: str, dtype: torch.dtype) -> None:
     """no_grad, inference_mode, eval, and back to training: values, what requires a gradient, then a step."""
-    owner, inputs = whole.model(name, dtype), tm.batch(4, 16)
+    owner, inputs = whole.shallow(name, dtype), tm.batch(4, 16)
     run = compiled(owner)
     with whole.widened(owner) as wide:
         true = wide(**inputs)
@@ -156,7 +156,7 @@ def modes(name: str, dtype: torch.dtype) -> None:
 
 def generation(name: str, dtype: torch.dtype) -> None:
     """A model compiled in place generates eager's tokens with both caches, from prompts padded on the left."""
-    owner = whole.model(name, torch.float32).to(dtype).eval()
+    owner = whole.shallow(name, torch.float32).to(dtype).eval()
     owner.generation_config.pad_token_id, owner.generation_config.eos_token_id = 0, None
     ids = tm.batch(2, 8)["input_ids"]
     mask = torch.ones_like(ids)
@@ -183,7 +183,7 @@ def padding(name: str, dtype: torch.dtype) -> None:
     """On the left, on the right, and a mask that hides nothing."""
     mask = torch.ones(3, 16, dtype=torch.int64)
     mask[0, :5], mask[2, 12:] = 0, 0
-    owner = whole.model(name, dtype)
+    owner = whole.shallow(name, dtype)
 
     def step(owner: Any, run: Callable[..., Any], draw: int) -> tm.Step:
         inputs = tm.batch(3, 16, seed=draw)
@@ -196,7 +196,7 @@ def padding(name: str, dtype: torch.dtype) -> None:
 def packed(name: str, dtype: torch.dtype) -> None:
     """Two documents in each row, told apart by their positions."""
     positions = torch.cat([torch.arange(6), torch.arange(10)]).expand(3, 16).contiguous()
-    owner = whole.model(name, dtype)
+    owner = whole.shallow(name, dtype)
     whole.contract(owner, compiled(owner), dtype, _batches({"position_ids": positions}))
 
 
@@ -210,13 +210,13 @@ def embeds(name: str, dtype: torch.dtype) -> None:
         loss.backward()
         return tm.Step(loss.detach(), {**gradients(owner), "inputs_embeds": made.grad})
 
-    owner = whole.model(name, dtype)
+    owner = whole.shallow(name, dtype)
     whole.contract(owner, compiled(owner), dtype, step)
 
 
 def tied(name: str, dtype: torch.dtype) -> None:
     """Head and embedding are one parameter, trained, with the layers frozen or not."""
-    owner = whole.model(name, dtype, tie_word_embeddings=True)
+    owner = whole.shallow(name, dtype, tie_word_embeddings=True)
     owner.tie_weights()
     head, embedding = owner.get_output_embeddings(), owner.get_input_embeddings()
     assert head.weight is embedding.weight
@@ -230,7 +230,7 @@ def tied(name: str, dtype: torch.dtype) -> None:
 
 def frozen(name: str, dtype: torch.dtype) -> None:
     """Parameters frozen and unfrozen between steps of one compiled model."""
-    owner = whole.model(name, dtype)
+    owner = whole.shallow(name, dtype)
     run, names = compiled(owner), [n for n, _ in owner.named_parameters()]
     for wanted in (lambda n: True, lambda n: "norm" in n or "ln" in n, lambda n: n in names[len(names) // 2 :], lambda n: True):
         for n, p in owner.named_parameters():
@@ -249,13 +249,13 @@ def retained(name: str, dtype: torch.dtype) -> None:
             loss.backward()
         return tm.Step(loss.detach(), gradients(owner))
 
-    owner = whole.model(name, dtype)
+    owner = whole.shallow(name, dtype)
     whole.contract(owner, compiled(owner), dtype, step)
 
 
 def double_backward(name: str, dtype: torch.dtype) -> None:
     """A gradient of a gradient: refused with a message, or eager's."""
-    owner = whole.model(name, dtype)
+    owner = whole.shallow(name, dtype)
 
     def penalty(run: Callable[..., Any]) -> list[Tensor]:
         trained = [p for p in owner.parameters() if p.requires_grad]
@@ -276,7 +276,7 @@ def double_backward(name: str, dtype: torch.dtype) -> None:
 
 def hooks(name: str, dtype: torch.dtype) -> None:
     """Forward hooks that change a value, backward hooks that see gradients, hooks on parameters."""
-    owner = whole.model(name, dtype)
+    owner = whole.shallow(name, dtype)
     seen: dict[str, Tensor] = {}
     modules = [m for m in owner.modules() if isinstance(m, nn.Linear)] or [owner.get_output_embeddings()]
     modules[0].register_forward_hook(lambda module, inputs, output: output * 1.5)
@@ -300,7 +300,7 @@ def hooks(name: str, dtype: torch.dtype) -> None:
 
 def state(name: str, dtype: torch.dtype) -> None:
     """A model compiled in place: the same state_dict, one that loads, copies and pickles that are models of their own."""
-    owner = whole.model(name, dtype)
+    owner = whole.shallow(name, dtype)
     keys, values = list(owner.state_dict()), {k: v.clone() for k, v in owner.state_dict().items()}
     owner.compile(backend=BACKEND)
     first = whole.plain(owner, owner, 0)
@@ -340,7 +340,7 @@ class Within(nn.Module):
 
 def submodule(name: str, dtype: torch.dtype) -> None:
     """``torch.compile`` on the decoder without its head, and on one layer."""
-    owner = whole.model(name, dtype)
+    owner = whole.shallow(name, dtype)
     layer = next(m for m in owner.modules() if isinstance(m, nn.ModuleList))[0]
     decoder = next(m for m in owner.modules() if any(isinstance(c, nn.ModuleList) for c in m.children()))   # OPT calls past its base_model
     for part in (decoder, layer):
@@ -351,7 +351,7 @@ def submodule(name: str, dtype: torch.dtype) -> None:
 
 def two_models(name: str, dtype: torch.dtype) -> None:
     """Forwards of two models before either backward."""
-    first, second = whole.model(name, dtype), tm.model(name, dtype, seed=1, **whole.SETTINGS.get(name, {}))
+    first, second = whole.shallow(name, dtype), tm.model(name, dtype, seed=1, shallow=True, **whole.SETTINGS.get(name, {}))
     runs = {id(first): compiled(first), id(second): compiled(second)}
 
     def step(owner: Any, run: Callable[..., Any], draw: int) -> tm.Step:

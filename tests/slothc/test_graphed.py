@@ -50,6 +50,11 @@ def batch(where: str, size: int = 2, length: int = 16, seed: int = 0) -> dict[st
     return {n: t.to(where) for n, t in tm.batch(size, length, seed).items()}
 
 
+def model(name: str, **more: Any) -> Any:
+    """A recording does not know how many layers there are."""
+    return tm.model(name, shallow=True, **more)
+
+
 def compiled(owner: Any, **more: Any) -> Any:
     return torch.compile(owner, backend="sloth", options={"cuda_graphs": True}, **more)
 
@@ -71,7 +76,7 @@ def warm(owner: Any, run: Any, where: str, **more: Any) -> None:
 
 @pytest.mark.parametrize("form", ["full", "lora", "tied"])
 def test_steps(where: str, form: str) -> None:
-    owner = tm.model("llama", lora=form == "lora", tie_word_embeddings=form == "tied").to(where)
+    owner = model("llama", lora=form == "lora", tie_word_embeddings=form == "tied").to(where)
     run, plain = compiled(owner), torch.compile(owner, backend="sloth")
     for k in range(6):
         alike(tm.step(owner, run, **batch(where, seed=k)), tm.step(owner, plain, **batch(where, seed=k)))
@@ -82,7 +87,7 @@ def test_steps(where: str, form: str) -> None:
 def test_training(where: str, lora: bool) -> None:
     curves = []
     for wrap in (compiled, lambda m: torch.compile(m, backend="sloth")):
-        owner = tm.model("llama", lora=lora).to(where)
+        owner = model("llama", lora=lora).to(where)
         run, optimizer = wrap(owner), torch.optim.AdamW([p for p in owner.parameters() if p.requires_grad], lr=1e-3)
         losses = []
         for k in range(8):
@@ -103,7 +108,7 @@ def test_accumulation(where: str, to_none: bool, lend: bool, monkeypatch: pytest
     """Several backward passes into one ``.grad``; ``.grad`` that stays and is zeroed."""
     if lend:
         monkeypatch.setattr(recording, "LENT", -1)
-    owner, other = (tm.model("llama").to(where) for _ in range(2))
+    owner, other = (model("llama").to(where) for _ in range(2))
     found = []
     for o, run in ((owner, compiled(owner)), (other, other)):
         optimizer = torch.optim.SGD(o.parameters(), lr=0.1)
@@ -119,7 +124,7 @@ def test_accumulation(where: str, to_none: bool, lend: bool, monkeypatch: pytest
 
 def test_lent_gradients_are_kept_by_nobody_or_copied(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recording, "LENT", -1)
-    owner = tm.model("llama").to(where)
+    owner = model("llama").to(where)
     run = compiled(owner)
     warm(owner, run, where)
     kept, expected = [], []
@@ -136,7 +141,7 @@ def test_lent_gradients_are_kept_by_nobody_or_copied(where: str, monkeypatch: py
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_two_forwards_before_a_backward(where: str, order: tuple[int, int]) -> None:
-    owner = tm.model("llama", lora=True).to(where)
+    owner = model("llama", lora=True).to(where)
     run = compiled(owner)
     warm(owner, run, where)
     for together in (False, True):
@@ -184,7 +189,7 @@ def test_dropout_is_fresh_and_the_backwards(where: str) -> None:
 
 def test_lora_dropout(where: str) -> None:
     """The derivative of the loss that came back, along a direction."""
-    owner = tm.adapted(tm.model("llama"), dropout=0.3).to(where).double().train()
+    owner = tm.adapted(model("llama"), dropout=0.3).to(where).double().train()
     run, inputs = compiled(owner), batch(where)
     trained = [p for p in owner.parameters() if p.requires_grad]
 
@@ -199,7 +204,7 @@ def test_lora_dropout(where: str) -> None:
     gradients = torch.autograd.grad(loss(), trained)
     way = [torch.randn_like(p) for p in trained]
     ends = []
-    for step in (1e-3, -1e-3):
+    for step in (1e-4, -1e-4):
         with torch.no_grad():
             for p, d in zip(trained, way):
                 p.add_(d, alpha=step)
@@ -207,13 +212,13 @@ def test_lora_dropout(where: str) -> None:
         with torch.no_grad():
             for p, d in zip(trained, way):
                 p.add_(d, alpha=-step)
-    expected = (ends[0] - ends[1]) / 2e-3
+    expected = (ends[0] - ends[1]) / 2e-4
     assert counts["replayed"] >= 3
     assert float(sum((g * d).sum() for g, d in zip(gradients, way))) == pytest.approx(expected, rel=1e-3)
 
 
 def test_shapes_that_change(where: str) -> None:
-    owner = tm.model("llama", lora=True).to(where)
+    owner = model("llama", lora=True).to(where)
     run = compiled(owner)
     for k in range(12):
         shape = [(2, 16), (2, 24), (3, 16)][k % 3]
@@ -223,7 +228,7 @@ def test_shapes_that_change(where: str) -> None:
 
 def test_more_signatures_than_are_recorded(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphed, "RECORDED", 1)
-    owner = tm.model("llama", lora=True).to(where)
+    owner = model("llama", lora=True).to(where)
     run = compiled(owner, dynamic=True)
     with pytest.warns(NotGraphed, match="more than 1"):
         for k in range(2 * WARM + 4):
@@ -234,7 +239,7 @@ def test_more_signatures_than_are_recorded(where: str, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("how", ["data", "assign", "to"])
 def test_parameters_that_move(where: str, how: str) -> None:
-    owner = tm.model("llama", lora=True).to(where)
+    owner = model("llama", lora=True).to(where)
     run = compiled(owner)
     for k in range(9):
         if k == 4:
@@ -256,7 +261,7 @@ def test_parameters_that_move(where: str, how: str) -> None:
 
 
 def test_parameters_that_never_stay(where: str) -> None:
-    owner = tm.model("llama", lora=True).to(where)
+    owner = model("llama", lora=True).to(where)
     run = compiled(owner)
     with pytest.warns(NotGraphed, match="again and again"):
         for k in range(8):
@@ -269,7 +274,7 @@ def test_parameters_that_never_stay(where: str) -> None:
 
 
 def test_what_is_kept_stays(where: str) -> None:
-    owner = tm.model("llama", lora=True).to(where)
+    owner = model("llama", lora=True).to(where)
     run = compiled(owner)
     warm(owner, run, where)
     kept = []
@@ -293,7 +298,7 @@ def test_what_is_kept_stays(where: str) -> None:
 def test_the_logits_are_not_made(where: str) -> None:
     from slothc.lazy_logits import LazyLogits
 
-    owner = tm.model("llama", lora=True).to(where)
+    owner = model("llama", lora=True).to(where)
     run = compiled(owner)
     warm(owner, run, where)
     outputs = run(**batch(where))
@@ -309,7 +314,7 @@ def test_the_logits_are_not_made(where: str) -> None:
 
 def test_gradients_through_logits_too(where: str) -> None:
     """Not seen in the first calls: run as it is, and recorded anew with them."""
-    owner = tm.model("llama", lora=True).to(where)
+    owner = model("llama", lora=True).to(where)
     run = compiled(owner)
     warm(owner, run, where)
     for k in range(10):
@@ -324,7 +329,7 @@ def test_gradients_through_logits_too(where: str) -> None:
 
 
 def test_backward_twice(where: str) -> None:
-    owner = tm.model("llama", lora=True).to(where)
+    owner = model("llama", lora=True).to(where)
     run = compiled(owner)
     warm(owner, run, where)
     for k in range(3):
@@ -349,7 +354,7 @@ def test_lent_and_backward_twice(where: str, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_backward_that_never_comes(where: str) -> None:
-    owner = tm.model("llama", lora=True).to(where)
+    owner = model("llama", lora=True).to(where)
     run = compiled(owner)
     warm(owner, run, where)
     before = counts["replayed"]
@@ -366,7 +371,7 @@ def test_a_backward_that_never_comes(where: str) -> None:
 
 
 def test_evaluation_in_between(where: str) -> None:
-    owner = tm.model("llama", lora=True).to(where)
+    owner = model("llama", lora=True).to(where)
     run = compiled(owner)
     warm(owner, run, where)
     for k in range(3):
@@ -392,7 +397,7 @@ def test_evaluation_in_between(where: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_and_a_scaler(where: str, dtype: torch.dtype) -> None:
-    owner, other = (tm.model("llama", lora=True).to(where) for _ in range(2))
+    owner, other = (model("llama", lora=True).to(where) for _ in range(2))
     found = []
     for o, run in ((owner, compiled(owner)), (other, torch.compile(other, backend="sloth"))):
         trained = [p for p in o.parameters() if p.requires_grad]
@@ -414,7 +419,7 @@ def test_autocast_and_a_scaler(where: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "mistral"])
 def test_checkpointing(where: str, name: str) -> None:
-    owner = tm.model(name).to(where)
+    owner = model(name).to(where)
     owner.gradient_checkpointing_enable({"use_reentrant": False})
     owner = tm.adapted(owner).to(where)
     owner.enable_input_require_grads()
@@ -425,7 +430,7 @@ def test_checkpointing(where: str, name: str) -> None:
 
 
 def test_checkpointing_with_dropout_says_so(where: str) -> None:
-    owner = tm.model("llama").to(where)
+    owner = model("llama").to(where)
     owner.gradient_checkpointing_enable({"use_reentrant": False})
     owner = tm.adapted(owner, dropout=0.3).to(where).train()
     owner.enable_input_require_grads()
@@ -447,13 +452,14 @@ def test_a_checkpoint_around_it(where: str, reentrant: bool) -> None:
             layer.zero_grad()
             checkpoint(f, x, use_reentrant=reentrant).square().sum().backward()
             found.append([x.grad, *(p.grad.clone() for p in layer.parameters())])
-        same(*found)
+        for ours, plain in zip(*found):                                   # at rounding level, whatever order a device sums in
+            assert float((ours - plain).norm()) <= 2e-6 * float(plain.norm())
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])
 def test_masks_that_change(where: str, name: str) -> None:
     """Nothing hidden, then padding on the left, then on the right: what a recording assumes is looked at before each replay."""
-    owner = tm.model(name).to(where)
+    owner = model(name).to(where)
     run = compiled(owner)
     for k in range(14):
         mask = torch.ones(3, 16, dtype=torch.int64, device=where)
@@ -470,7 +476,7 @@ def test_masks_that_change(where: str, name: str) -> None:
 
 def test_masks_of_sizes_that_alternate(where: str) -> None:
     """The mask of a window is kept for the latest sizes only; a recording keeps the one it reads."""
-    owner = tm.model("mistral", sliding_window=7).to(where)
+    owner = model("mistral", sliding_window=7).to(where)
     run = compiled(owner, dynamic=True)
     for k in range(14):
         shape = (2, 16) if k % 2 else (2, 24)
@@ -480,7 +486,7 @@ def test_masks_of_sizes_that_alternate(where: str) -> None:
 
 
 def test_a_parameter_written_to_before_the_backward(where: str) -> None:
-    owner = tm.model("llama").to(where)
+    owner = model("llama").to(where)
     run = compiled(owner)
     warm(owner, run, where)
     loss = run(**batch(where)).loss
@@ -493,7 +499,7 @@ def test_a_parameter_written_to_before_the_backward(where: str) -> None:
 
 def test_inputs_written_to_before_the_backward(where: str) -> None:
     """Eager reads its own copy of nothing: what it would refuse, or what does not matter."""
-    owner = tm.model("llama").to(where)
+    owner = model("llama").to(where)
     run, inputs = compiled(owner), batch(where)
     warm(owner, run, where)
     expected = tm.step(owner, **{k: v.clone() for k, v in inputs.items()})
@@ -530,7 +536,7 @@ def test_second_derivatives_are_refused_or_right(where: str) -> None:
 
 
 def test_hooks(where: str) -> None:
-    owner = tm.model("llama", lora=True).to(where)
+    owner = model("llama", lora=True).to(where)
     trained = [p for p in owner.parameters() if p.requires_grad]
     seen: list[Tensor] = []
     trained[0].register_hook(lambda g: g * 2)
@@ -542,7 +548,7 @@ def test_hooks(where: str) -> None:
 
 
 def test_saved_tensor_hooks_run_ordinarily(where: str) -> None:
-    owner = tm.model("llama", lora=True).to(where)
+    owner = model("llama", lora=True).to(where)
     run = compiled(owner)
     warm(owner, run, where)
     with torch.autograd.graph.save_on_cpu():
@@ -551,7 +557,7 @@ def test_saved_tensor_hooks_run_ordinarily(where: str) -> None:
 
 
 def test_inputs_embeds(where: str) -> None:
-    owner = tm.model("llama", lora=True).to(where)
+    owner = model("llama", lora=True).to(where)
     run = compiled(owner)
     for k in range(5):
         found = []
@@ -676,7 +682,7 @@ def test_an_input_that_nothing_reads(where: str) -> None:
 
 
 def test_expanded_inputs(where: str) -> None:
-    owner = tm.model("llama", lora=True).to(where)
+    owner = model("llama", lora=True).to(where)
     run = compiled(owner)
     positions = torch.arange(16, device=where)[None].expand(2, 16)
     for k in range(5):
@@ -686,7 +692,7 @@ def test_expanded_inputs(where: str) -> None:
 
 
 def test_two_models_and_threads(where: str) -> None:
-    owners = [tm.model("llama", seed=k).to(where) for k in range(2)]
+    owners = [model("llama", seed=k).to(where) for k in range(2)]
     runs, found, failed = [compiled(o) for o in owners], dict[tuple[int, int], tm.Step](), list[Exception]()
 
     def work(k: int) -> None:
@@ -697,10 +703,12 @@ def test_two_models_and_threads(where: str) -> None:
             failed.append(error)
 
     started = [threading.Thread(target=work, args=(k,)) for k in range(2)]
-    for t in started:
-        t.start()
-    for t in started:
-        t.join()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "sloth runs a graph without CUDA graphs: its parameters move")   # Dynamo made one graph for both
+        for t in started:
+            t.start()
+        for t in started:
+            t.join()
     if failed:
         raise failed[0]
     for k, draw in found:
@@ -709,7 +717,7 @@ def test_two_models_and_threads(where: str) -> None:
 
 
 def test_copies_and_pickles(where: str) -> None:
-    owner = tm.model("llama").to(where)
+    owner = model("llama").to(where)
     owner.compile(backend="sloth", options={"cuda_graphs": True})
     for k in range(4):
         tm.step(owner, **batch(where, seed=k))
@@ -751,7 +759,7 @@ def test_a_capture_that_fails(where: str) -> None:
     assert counts["recorded"] == 0
     draws = [torch.rand(8, device=where) for _ in range(2)]               # random numbers and memory are as they were
     assert not torch.equal(*draws)
-    owner = tm.model("llama", lora=True).to(where)
+    owner = model("llama", lora=True).to(where)
     run = compiled(owner)
     for k in range(4):
         alike(tm.step(owner, run, **batch(where, seed=k)), tm.step(owner, **batch(where, seed=k)))
@@ -764,7 +772,7 @@ def test_without_a_device_that_records() -> None:
     """Accepted, said once, and the same numbers."""
     if torch.cuda.is_available():
         pytest.skip("there is one")
-    owner: Any = tm.model("llama", lora=True)
+    owner: Any = model("llama", lora=True)
     graphed._warned.clear()
     with pytest.warns(NotGraphed, match="none on the device cpu") as said:
         run: Callable[..., Any] = compiled(owner)

@@ -63,7 +63,7 @@ def graphs_of_nothing(owner: nn.Module) -> int:
 
 @pytest.mark.parametrize("name, form, dtype", design(), ids=str)
 def test_a_step_with_adapters(name: str, form: str, dtype: torch.dtype) -> None:
-    owner = {**LORA, **OTHER}[form](whole.model(name, dtype))
+    owner = {**LORA, **OTHER}[form](whole.shallow(name, dtype))
     made = graphs_of_nothing(owner) if (form == "dora" or form in OTHER) and dtype == torch.float32 else 0     # breaks know no dtype
     torch._dynamo.reset()
     graphs = whole.contract(owner, torch.compile(owner, backend="sloth"), dtype)
@@ -95,7 +95,7 @@ def values(owner: Any, run: Any, draw: int) -> tm.Step:
 
 @pytest.mark.parametrize("name, dtype", [("llama", DTYPES[0]), ("qwen3", DTYPES[1]), ("phi", DTYPES[0])], ids=str)
 def test_adapters_switched_and_merged_between_steps(name: str, dtype: torch.dtype) -> None:
-    owner = LORA["two active"](whole.model(name, dtype))
+    owner = LORA["two active"](whole.shallow(name, dtype))
     run = torch.compile(owner, backend="sloth")
     for active in (["default", "second"], ["second"], ["default"]):
         owner.base_model.set_adapter(active)

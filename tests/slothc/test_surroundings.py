@@ -43,7 +43,7 @@ def shapes(name: str, dtype: torch.dtype) -> None:
     """
     from slothc.backend import sloth
 
-    owner = whole.model(name, dtype)
+    owner = whole.shallow(name, dtype)
     sizes = [(2, 16), (2, 24), (4, 16), (1, 40), (3, 9), (1, 2), (3, 16)]
     ours: list[tm.Step] = []
 
@@ -68,13 +68,13 @@ def one_token(name: str, dtype: torch.dtype) -> None:
         loss.backward()
         return tm.Step(loss.detach(), gradients(owner))
 
-    owner = whole.model(name, dtype)
+    owner = whole.shallow(name, dtype)
     whole.contract(owner, compiled(owner), dtype, step)
 
 
 def dynamic(name: str, dtype: torch.dtype) -> None:
     """``dynamic=True``: the adapters' scales are numbers known at run time."""
-    owner = tm.adapted(whole.model(name, dtype), dropout=0.3).train()
+    owner = tm.adapted(whole.shallow(name, dtype), dropout=0.3).train()
     graphs = whole.contract(owner, compiled(owner, dynamic=True), dtype)
     assert tm.counted(graphs)["lora_linear"] > 0
 

@@ -30,15 +30,20 @@ TARGETS = {
 }
 
 
-def model(name: str, dtype: torch.dtype = torch.float32, lora: bool = False, seed: int = 0, **config: Any) -> nn.Module:
+def model(
+    name: str, dtype: torch.dtype = torch.float32, lora: bool = False, seed: int = 0, shallow: bool = False, **config: Any
+) -> nn.Module:
     """A two-layer model of architecture ``name`` in train mode, no parameter at its initial constant.
 
-    ``lora``: PEFT adapters on all linears, with an adapter that is no longer zero. ``config``: what to change in the config.
+    ``lora``: PEFT adapters on all linears, with an adapter that is no longer zero. ``shallow``: one layer, where all are alike: for tests
+    of what is around a model, or added to it, most of whose time goes to Dynamo's reading layers. ``config``: what to change in the config.
     """
     torch.manual_seed(seed)
     settings = tiny_config(name)
     for key, value in config.items():
         setattr(settings, key, value)
+    if shallow:
+        _one_of_a_kind(settings)
     try:
         made = AutoModelForCausalLM.from_config(settings, attn_implementation="sdpa")
     except ValueError:
@@ -49,6 +54,16 @@ def model(name: str, dtype: torch.dtype = torch.float32, lora: bool = False, see
                 p.add_(torch.randn_like(p) * 0.02)
     made = made.to(dtype).train()
     return adapted(made) if lora else made
+
+
+def _one_of_a_kind(settings: Any) -> None:
+    """One layer in place of several that are alike."""
+    lists = {n: v for n, v in vars(settings).items() if isinstance(v, list) and len(v) == settings.num_hidden_layers}
+    if getattr(settings, "first_k_dense_replace", None) or any(len(set(map(str, v))) > 1 for v in lists.values()):
+        return
+    for name, value in lists.items():
+        setattr(settings, name, value[:1])
+    settings.num_hidden_layers = 1
 
 
 def adapted(base: nn.Module, rank: int = 8, dropout: float = 0.0, fp32: bool = False) -> nn.Module:

@@ -31,6 +31,11 @@ def model(name: str, dtype: torch.dtype = torch.float32, **config: Any) -> nn.Mo
     return tm.model(name, dtype, **{**SETTINGS.get(name, {}), **config})
 
 
+def shallow(name: str, dtype: torch.dtype = torch.float32, **config: Any) -> nn.Module:
+    """The same with one layer where all are alike."""
+    return model(name, dtype, shallow=True, **config)
+
+
 def plain(owner: Any, run: Callable[..., Any], draw: int) -> tm.Step:
     """Forward and backward, nothing around them."""
     return tm.step(owner, run, **tm.batch(seed=draw))
