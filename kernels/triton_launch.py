@@ -71,18 +71,17 @@ def choose(p: Pass, bound: Bound, device: torch.device) -> Shape:
     """Block shapes from sizes alone. Where a row has reductions it lies whole in a block, but for one that fits none."""
     sums = any(o.over_rows and not p.folded(k) for k, o in enumerate(p.program.outputs))
     rows, lanes = max(bound.rows, 1), max(bound.lanes, 1)
-    if p.program.reductions and lanes > ROW_LIMIT:
+    loop = bool(p.program.reductions) and lanes > ROW_LIMIT
+    if loop:
         block_r, pieces, warps = 1, (LOOP_BLOCK if not INTERPRET else 1024,), 8
     elif p.program.reductions:
         pieces = _pieces(lanes) if splits(p) else (_power(lanes),)
-        block_r, warps = _rows_and_warps(p, pieces, sums)
-        block_r = min(block_r, _power(rows))
+        block_r, warps = _rows_and_warps(p, pieces, sums, _power(rows))
     else:
         many = rows * lanes >= MANY * processors(device)
         pieces = (min(_power(lanes), 4096 if many else 1024),)
         block_r = max(1, min((4096 if many else 2048) // pieces[0], _power(rows)))
         warps = max(1, min(8, block_r * pieces[0] // 256))
-    loop = bool(p.program.reductions) and lanes > ROW_LIMIT
     blocks = -(-rows // block_r)
     across = 1 if p.program.reductions else -(-lanes // pieces[0])
     programs = blocks
@@ -94,8 +93,8 @@ def choose(p: Pass, bound: Bound, device: torch.device) -> Shape:
     return Shape(loop, block_r, pieces, warps, grid, programs if sums else 0, stages)
 
 
-def _rows_and_warps(p: Pass, pieces: tuple[int, ...], sums: bool) -> tuple[int, int]:
-    """Rows of a block that holds them whole, and warps: what was fastest for norms of 2,048 to 8,192 lanes, forward and backward.
+def _rows_and_warps(p: Pass, pieces: tuple[int, ...], sums: bool, most: int) -> tuple[int, int]:
+    """Rows of a block that holds them whole, ``most`` at most, and warps: what was fastest for norms of 2,048 to 8,192 lanes.
 
     A thread has 16 elements of a row in flight, and 32 where a second reduction waits for the first with little to read beside it, or
     where the block is one of many that a program goes through.
@@ -104,7 +103,7 @@ def _rows_and_warps(p: Pass, pieces: tuple[int, ...], sums: bool) -> tuple[int, 
     streams = sum(i.role == "data" and i.kind.rows and i.kind.lanes for i in p.program.inputs)
     waits = len(p.program.reductions) > 1 and (sums or streams == 1)
     least = min(2 * width, 8192 if sums else 16384) if waits else 0
-    rows = max(1, max(4096 if sums else 2048, least) // width)
+    rows = max(1, min(most, max(4096 if sums else 2048, least) // width))
     warps = rows * pieces[0] // (1024 if sums or waits else 512)
     return rows, max(1, min(warps, 8 if waits and not sums else 16))
 

@@ -14,6 +14,7 @@ from slothc.gradients.geometry import Access
 from slothc.gradients.plan import Lookup, Pass
 from slothc.gradients.program import Input, Output, Reduce, Stage
 
+from .binding import DTYPE
 from .expression import TRITON, render
 from .triton_pieces import COMBINED, block_names, in_pieces
 
@@ -21,7 +22,6 @@ ELEMENT = {"fp32": "tl.float32", "bf16": "tl.bfloat16", "fp16": "tl.float16", "f
            "i16": "tl.int16", "i8": "tl.int8", "u8": "tl.uint8", "bool": "tl.int1"}  # fmt: skip
 
 SHORT = {"bf16", "fp16"}
-ELEMENT_SIZE = {"fp64": 8, "i64": 8, "fp32": 4, "i32": 4, "bf16": 2, "fp16": 2, "i16": 2, "i8": 1, "u8": 1, "bool": 1}
 LOOP_BLOCK = 4096     # lanes of a row that a loop kernel has in hand
 AHEAD = 48 << 10      # bytes of shared memory for blocks of a row on their way
 
@@ -382,7 +382,7 @@ class _Kernel:
     def _size(self, i: Input) -> int:
         """Bytes of one of its elements."""
         access = self.p.loads[self.program.inputs.index(i)]
-        return int(ELEMENT_SIZE[self.p.reads[access.tensor].dtype]) if access else 0
+        return DTYPE[self.p.reads[access.tensor].dtype].itemsize if access else 0
 
     def _reduce_pass(self, stages: list[Stage]) -> Iterator[str]:
         for s in stages:
