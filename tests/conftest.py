@@ -7,6 +7,7 @@ whether its own library is interpreted, so it is imported here, before anything 
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import importlib.util
 import os
@@ -26,16 +27,46 @@ if not CUDA and importlib.util.find_spec("triton"):
     os.environ["TRITON_INTERPRET"] = "1"
     import triton.language
     import triton.runtime.interpreter  # noqa: F401
+    from interpreted import patch_once
 
+    patch_once()
     if ASKED is None:
         del os.environ["TRITON_INTERPRET"]                 # subprocesses and models: as the user has it
 
 
+# What glibc gives back to the system it asks for again a moment later, page by page: a quarter of the time spent in the kernel.
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
+if sys.platform == "linux":
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        for parameter, size in ((M_TRIM_THRESHOLD, 1 << 30), (M_TOP_PAD, 64 << 20), (M_MMAP_THRESHOLD, 1 << 30)):
+            libc.mallopt(parameter, size)
+
+
 def pytest_collection_finish() -> None:
     """A tenth of the time went to looking for cycles among the objects of torch and transformers, which stay."""
+    gc.set_threshold(50_000, 20, 100)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen_heap() -> None:
+    """What imports and caches have left by now stays: a test that collects garbage looks at its own objects, not at a million others."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(50_000, 20, 100)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_log_of_dynamos() -> Iterator[None]:
+    """Dynamo does without what it makes for its logs only: the guards' latency on a cold cache (it floods the cache for that, after
+    every compilation, a twentieth of the time), and the stack of every side effect.
+    """
+    from torch._dynamo import guards  # not before triton, which it imports
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(guards, "profile_guard_manager", lambda *rest: 0.0, raising=False)
+        if hasattr(torch._dynamo.config, "side_effect_replay_policy"):
+            patch.setattr(torch._dynamo.config, "side_effect_replay_policy", "silent")
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,7 +1,8 @@
-"""Compiles the kernels of representative plans, or those of attention, for one GPU target, on a machine that needs no GPU:
-``compile_for.py rows cuda 90 32``.
+"""Compiles the kernels of representative plans and those of attention for one GPU target, on a machine that needs no GPU:
+``compile_for.py cuda 90 32``.
 
-Prints one JSON line for each kernel: name, whether it compiled, bytes of shared memory and how many it may have, and the error's text.
+Prints one JSON line for each kernel: whose it is ("rows", "tiles" or "scores"), its name, whether it compiled, bytes of shared memory and
+how many it may have, and the error's text.
 """
 
 # ruff: noqa: E402
@@ -99,17 +100,15 @@ def built(
     return {"name": name, "ok": binary in made.asm, "shared": made.metadata.shared, "limit": limit}
 
 
-def main(which: str, backend: str, arch: str, warp: str) -> None:
+def main(backend: str, arch: str, warp: str) -> None:
     torch.set_num_threads(1)
     target = GPUTarget(backend, int(arch) if arch.isdigit() else arch, int(warp))
-    if which == "scores":
-        for kernel in kernels(arch):
-            print(json.dumps(built(*kernel, target)), flush=True)
-        return
     for plan in plans():
-        print(json.dumps(planned(*plan, target)), flush=True)
+        print(json.dumps({"of": "rows", **planned(*plan, target)}), flush=True)
     for kernel in tiles() if arch == "90" else ():                         # they need Hopper's copy engine
-        print(json.dumps(built(*kernel, target)), flush=True)
+        print(json.dumps({"of": "tiles", **built(*kernel, target)}), flush=True)
+    for kernel in kernels(arch):
+        print(json.dumps({"of": "scores", **built(*kernel, target)}), flush=True)
 
 
 if __name__ == "__main__":

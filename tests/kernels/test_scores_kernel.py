@@ -15,6 +15,7 @@ from slothc.kernels.scores_rows import bits, whole
 from slothc.kernels.scores_written import written
 from torch import Tensor
 
+pytestmark = pytest.mark.filterwarnings("error:sloth computes attention")   # PyTorch in a kernel's place would pass everything
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 TINY = {torch.float32: 1e-6, torch.bfloat16: 1e-4, torch.float16: 1e-4}

@@ -64,9 +64,8 @@ def same(owner: nn.Module, rtol: float = 1e-4, **inputs: Any) -> str:
     ids=str,
 )
 def test_8_options(options: dict[str, Any], words: list[str]) -> None:
-    owner, inputs = tm.model("llama"), tm.batch()
     with pytest.raises(Exception) as caught:
-        torch.compile(owner, backend="sloth", options=options)(**inputs)
+        torch.compile(nn.RMSNorm(8), backend="sloth", options=options)(torch.randn(2, 8))
     cause: BaseException | None = caught.value
     while cause is not None and not isinstance(cause, OptionError):
         cause = getattr(cause, "inner_exception", None) or cause.__cause__

@@ -29,7 +29,9 @@ WARM = graphed.WARM
 
 @pytest.fixture(params=["cpu", CUDA])
 def where(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The device; on the CPU with the stand-in."""
+    """The device; on the CPU with the stand-in, which collects garbage at each recording: that of this test, not all that is alive."""
+    gc.collect()
+    gc.freeze()
     if request.param == "cpu":
         monkeypatch.setitem(recorder.KINDS, "cpu", stand_in.StandIn)
     monkeypatch.setattr(graphed, "_warned", set())
