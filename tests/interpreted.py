@@ -12,6 +12,8 @@ from triton.runtime import interpreter
 
 
 def patch_once() -> None:
+    if not (hasattr(interpreter, "_patch_lang") and hasattr(interpreter, "_LangPatchScope")):
+        return                                                             # another Triton: as it is
     original, done = interpreter._patch_lang, set()
 
     def patch(function: Any) -> Any:

@@ -19,6 +19,11 @@ from slothc.errors import OptionError, RegionDropped
 ROOT = Path(__file__).parents[2]
 
 
+def model(*what: Any, **more: Any) -> Any:
+    """Bad input is as bad for one layer."""
+    return tm.model(*what, shallow=True, **more)
+
+
 def outcome(run: Any, owner: nn.Module, **inputs: Any) -> tuple[str, Tensor | None, dict[str, Tensor]]:
     """How a step ends: ("ok", loss, gradients) or (the error's text, None, {})."""
     for p in owner.parameters():
@@ -78,24 +83,24 @@ def test_8_options(options: dict[str, Any], words: list[str]) -> None:
 def test_8_all_labels_ignored(name: str, lora: bool) -> None:
     inputs = tm.batch()
     inputs["labels"] = torch.full_like(inputs["labels"], -100)
-    assert same(tm.model(name, lora=lora), **inputs) == "ok"
+    assert same(model(name, lora=lora), **inputs) == "ok"
 
 
 def test_8_all_labels_ignored_in_a_sum() -> None:
     inputs = tm.batch()
     inputs["labels"] = torch.full_like(inputs["labels"], -100)
-    assert same(tm.model("llama"), **inputs, num_items_in_batch=7) == "ok"
+    assert same(model("llama"), **inputs, num_items_in_batch=7) == "ok"
 
 
 @pytest.mark.parametrize("label", [256, 257, 10**9, -1, -101, -(2**40)])
 def test_8_a_label_out_of_range(label: int) -> None:
     inputs = tm.batch()
     inputs["labels"][0, 9] = label
-    assert same(tm.model("llama"), **inputs) != "ok"
+    assert same(model("llama"), **inputs) != "ok"
 
 
 def test_8_a_label_out_of_range_in_a_later_step() -> None:
-    owner, good, bad = tm.model("llama"), tm.batch(), tm.batch()
+    owner, good, bad = model("llama"), tm.batch(), tm.batch()
     bad["labels"][0, 9] = 300
     compiled = torch.compile(owner, backend="sloth")
     expected = tm.step(owner, compiled, **good)
@@ -108,7 +113,7 @@ def test_8_a_label_out_of_range_in_a_later_step() -> None:
 def test_8_a_token_out_of_range(token: int) -> None:
     inputs = tm.batch()
     inputs["input_ids"][0, 9] = token
-    assert same(tm.model("llama"), **inputs) != "ok"
+    assert same(model("llama"), **inputs) != "ok"
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.float32])
@@ -116,31 +121,31 @@ def test_8_a_token_out_of_range(token: int) -> None:
 def test_8_ids_of_another_dtype(which: str, dtype: torch.dtype) -> None:
     inputs = tm.batch()
     inputs[which] = inputs[which].to(dtype)
-    same(tm.model("llama"), **inputs)
+    same(model("llama"), **inputs)
 
 
 @pytest.mark.parametrize("size, length", [(0, 16), (2, 0), (0, 0), (1, 1), (2, 1)])
 def test_8_empty_and_smallest_batches(size: int, length: int) -> None:
     ids = torch.randint(5, 200, (size, length))
-    same(tm.model("llama"), input_ids=ids, labels=ids.clone())
-    same(tm.model("qwen3", lora=True), input_ids=ids, labels=ids.clone())
+    same(model("llama"), input_ids=ids, labels=ids.clone())
+    same(model("qwen3", lora=True), input_ids=ids, labels=ids.clone())
 
 
 def test_8_labels_of_another_length() -> None:
     inputs = tm.batch()
-    same(tm.model("llama"), input_ids=inputs["input_ids"], labels=inputs["labels"][:, :9])
+    same(model("llama"), input_ids=inputs["input_ids"], labels=inputs["labels"][:, :9])
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_8_a_float64_model(lora: bool) -> None:
-    owner, inputs = tm.model("llama", torch.float64, lora), tm.batch()
+    owner, inputs = model("llama", torch.float64, lora), tm.batch()
     assert same(owner, rtol=1e-12, **inputs) == "ok"
     ours, eager = tm.step(owner, torch.compile(owner, backend="sloth"), **inputs), tm.step(owner, **inputs)
     assert tm.distance(ours, eager) < 1e-7  # the model's own norms and softmax work in fp32
 
 
 def test_8_a_float16_model() -> None:
-    owner, inputs = tm.model("llama", torch.float16), tm.batch()
+    owner, inputs = model("llama", torch.float16), tm.batch()
     ours, eager, true = tm.step(owner, torch.compile(owner, backend="sloth"), **inputs), tm.step(owner, **inputs), tm.truth(owner, **inputs)
     assert tm.distance(ours, true) <= 1.10 * tm.distance(eager, true) + 1e-4
 
@@ -154,7 +159,7 @@ def test_8_nan_and_inf_in_a_weight_spread_as_in_eager() -> None:
 
 
 def test_8_a_model_on_two_devices() -> None:
-    owner = tm.model("llama")
+    owner = model("llama")
     owner.lm_head.weight = nn.Parameter(torch.empty_like(owner.lm_head.weight, device="meta"))
     inputs = tm.batch()
     how, loss, _ = outcome(torch.compile(owner, backend="sloth"), owner, **inputs)
@@ -185,7 +190,7 @@ def test_8_a_norm_like_function_of_another_dtype(dtype: torch.dtype) -> None:
 
 
 def test_8_no_region_is_dropped_for_usual_input() -> None:
-    owner = tm.model("llama", lora=True)
+    owner = model("llama", lora=True)
     with warnings.catch_warnings():
         warnings.simplefilter("error", RegionDropped)
         tm.step(owner, torch.compile(owner, backend="sloth"), **tm.batch())

@@ -191,7 +191,7 @@ def test_dropout_is_fresh_and_the_backwards(where: str) -> None:
 
 def test_lora_dropout(where: str) -> None:
     """The derivative of the loss that came back, along a direction."""
-    owner = tm.adapted(model("llama"), dropout=0.3).to(where).double().train()
+    owner = tm.adapted(tm.model("llama"), dropout=0.3).to(where).double().train()
     run, inputs = compiled(owner), batch(where)
     trained = [p for p in owner.parameters() if p.requires_grad]
 
@@ -206,7 +206,7 @@ def test_lora_dropout(where: str) -> None:
     gradients = torch.autograd.grad(loss(), trained)
     way = [torch.randn_like(p) for p in trained]
     ends = []
-    for step in (1e-4, -1e-4):
+    for step in (1e-3, -1e-3):
         with torch.no_grad():
             for p, d in zip(trained, way):
                 p.add_(d, alpha=step)
@@ -214,7 +214,7 @@ def test_lora_dropout(where: str) -> None:
         with torch.no_grad():
             for p, d in zip(trained, way):
                 p.add_(d, alpha=-step)
-    expected = (ends[0] - ends[1]) / 2e-4
+    expected = (ends[0] - ends[1]) / 2e-3
     assert counts["replayed"] >= 3
     assert float(sum((g * d).sum() for g, d in zip(gradients, way))) == pytest.approx(expected, rel=1e-3)
 

@@ -36,7 +36,7 @@ def nothing(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]
 def run(backend: Callable[..., Any], shapes: list[tuple[int, int]], lora: bool) -> tuple[int, list[tuple[int, int]]]:
     """Compilations over all shapes, and (derived, checked) after each; every step is compared with eager."""
     torch._dynamo.reset()
-    owner, counting = tm.model("llama", lora=lora), Counting(backend)
+    owner, counting = tm.model("llama", lora=lora, shallow=True), Counting(backend)
     compiled, after = torch.compile(owner, backend=counting), []
     for k, (size, length) in enumerate(shapes):
         inputs = tm.batch(size, length, seed=k)
@@ -68,7 +68,7 @@ def test_7_no_plan_is_derived_or_checked_again_for_a_new_size() -> None:
 
 
 def test_a_dynamic_graph_from_the_start() -> None:
-    owner = tm.model("llama", lora=True)
+    owner = tm.model("llama", lora=True, shallow=True)
     compiled = torch.compile(owner, backend="sloth", dynamic=True)
     with tm.watched() as graphs:
         for size, length in [(2, 16), (3, 40), (2, 7)]:
