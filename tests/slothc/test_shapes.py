@@ -68,7 +68,7 @@ def test_7_no_plan_is_derived_or_checked_again_for_a_new_size() -> None:
 
 
 def test_a_dynamic_graph_from_the_start() -> None:
-    owner = tm.model("llama", lora=True, shallow=True)
+    owner = tm.model("llama", lora=True)
     compiled = torch.compile(owner, backend="sloth", dynamic=True)
     with tm.watched() as graphs:
         for size, length in [(2, 16), (3, 40), (2, 7)]:
