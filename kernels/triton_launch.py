@@ -72,6 +72,7 @@ def choose(p: Pass, bound: Bound, device: torch.device) -> Shape:
     sums = any(o.over_rows and not p.folded(k) for k, o in enumerate(p.program.outputs))
     rows, lanes = max(bound.rows, 1), max(bound.lanes, 1)
     loop = bool(p.program.reductions) and lanes > ROW_LIMIT
+    pieces: tuple[int, ...]
     if loop:
         block_r, pieces, warps = 1, (LOOP_BLOCK if not INTERPRET else 1024,), 8
     elif p.program.reductions:
