@@ -18,7 +18,7 @@ from .cache import load
 from .direct import Direct
 from .records import Launch, Recorded, clear
 from .triton_pieces import block_names
-from .triton_source import LOOP_BLOCK, Groups, arguments, flat, source, splits, staged, tensors
+from .triton_source import LOOP_BLOCK, Groups, arguments, flat, source, splits, staged, sums_rows, tensors
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 ROW_LIMIT = 16384            # lanes of a row that one block holds: 16 warps x 32 threads x 32 fp32 registers
@@ -69,7 +69,7 @@ class Shape:
 
 def choose(p: Pass, bound: Bound, device: torch.device) -> Shape:
     """Block shapes from sizes alone. Where a row has reductions it lies whole in a block, but for one that fits none."""
-    sums = any(o.over_rows and not p.folded(k) for k, o in enumerate(p.program.outputs))
+    sums = sums_rows(p)
     rows, lanes = max(bound.rows, 1), max(bound.lanes, 1)
     loop = bool(p.program.reductions) and lanes > ROW_LIMIT
     pieces: tuple[int, ...]

@@ -97,14 +97,19 @@ def splits(p: Pass) -> bool:
     return bool(p.program.reductions) and all(s.value.op in COMBINED for s in p.program.reductions if isinstance(s.value, Reduce))
 
 
+def sums_rows(p: Pass) -> bool:
+    """Whether a program sums over the rows that it goes through."""
+    return any(o.over_rows and not p.folded(k) for k, o in enumerate(p.program.outputs))
+
+
 def staged(p: Pass, loop: bool) -> bool:
     """Whether a tile kernel of the pass goes over many blocks of rows, and takes ``STAGES``: how many are on their way at once."""
-    return not loop and any(o.over_rows and not p.folded(k) for k, o in enumerate(p.program.outputs))
+    return not loop and sums_rows(p)
 
 
 def flat(p: Pass) -> bool:
     """Whether the programs of a tile kernel are numbered through, a row's blocks one after another: nothing is summed in them."""
-    return not p.program.reductions and not any(o.over_rows and not p.folded(k) for k, o in enumerate(p.program.outputs))
+    return not p.program.reductions and not sums_rows(p)
 
 
 def arguments(p: Pass, groups: Groups) -> list[tuple[str, int, str]]:
@@ -168,8 +173,8 @@ class _Kernel:
         self.parts = [o for o, fold in zip(self.program.outputs, folded) if fold]
         self.direct = [(o, a) for o, a in zip(self.program.outputs, p.stores) if not o.over_rows]
         self.kinds = self.program.kinds
-        wide = [p.writes[a.tensor].dtype for o, a in zip(self.program.outputs, p.stores) if self.program.out_kind(o).lanes]
-        self.low = set(wide) <= SHORT                                     # everything as long as a row is rounded to 16 bits
+        wide = {o.value for o, a in zip(self.program.outputs, p.stores) if p.writes[a.tensor].dtype not in SHORT}
+        self.exact = self.program.needed(wide)                            # all else ends in results of 16 bits
 
     def text(self, name: str, loop: bool, pieces: int) -> Iterator[str]:
         pointers = [f"in{t}" for t in tensors(self.p)]
@@ -280,7 +285,7 @@ class _Kernel:
         if isinstance(stage.value, Reduce):
             return f"{stage.name} = {self._reduction(stage.value)}"
         text = render(stage.value, TRITON)
-        if self.low or stage.dtype in SHORT:
+        if stage.dtype in SHORT or stage.name not in self.exact:
             text = text.replace("_tanh(", "_tanh16(")
         if stage.dtype and stage.dtype != "fp32" and stage.value.free_symbols:
             text = f"{text}.to({ELEMENT[stage.dtype]}).to(tl.float32)"

@@ -61,12 +61,14 @@ class CudaRecorder:
             torch.cuda.empty_cache()                                      # under capture nothing can be given back
             _forget_workspaces()                                          # each graph has cuBLAS's in memory of its own
             with torch.cuda.stream(self.side):
+                begun = False
                 try:
                     graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")   # others' loaders may go on
+                    begun = True
                     result = work()
                     graph.capture_end()
                 except BaseException:
-                    self._abandon(graph)
+                    self._abandon(graph, begun)
                     raise
             _forget_workspaces()
         self.graphs.add(graph)
@@ -82,14 +84,17 @@ class CudaRecorder:
 
         return replay
 
-    def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
-        """End a capture that failed, so that allocator and random numbers are as they were."""
+    def _abandon(self, graph: torch.cuda.CUDAGraph, begun: bool) -> None:
+        """End a capture that failed, so that allocator and random numbers are as they were. ``begun``: it did not fail to begin."""
         try:
-            graph.capture_end()
+            if begun:
+                graph.capture_end()
         except RuntimeError:
             with contextlib.suppress(RuntimeError):                       # the end of a broken capture skips what follows it
                 torch._C._cuda_endAllocateToPool(self.index, self.pool)
                 torch._C._cuda_releasePool(self.index, self.pool)         # nor does the graph's end give its memory back
+            begun = False
+        if not begun:
             empty = torch.cuda.CUDAGraph()                                # a whole capture sets the generators' state right
             empty.capture_begin(capture_error_mode="thread_local")
             torch.zeros(1, device=self.device)

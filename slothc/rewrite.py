@@ -137,7 +137,7 @@ def _check_together(view: GraphView, items: list[Region | Match | Block]) -> Non
         with torch.cuda.device(job.device), torch.autocast("cuda", *autocast, cache_enabled=False):   # a thread has its own
             return _judge(view, job)
 
-    devices = [torch.device(d).index or 0 for d in {str(j.device) for j in jobs.values()}]
+    devices = sorted({job.device.index or 0 for job in jobs.values()})
     with torch.random.fork_rng(devices=devices), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         _verdicts.update(zip(jobs, pool.map(judge, jobs.values())))
 

@@ -1,4 +1,4 @@
-"""Block shapes that are chosen from sizes alone."""
+"""What is chosen without a measurement: block shapes from sizes, a tanh from what is rounded."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import pytest
 import torch
 from slothc.gradients.plan import Pass
 from slothc.kernels.triton_launch import ROW_LIMIT, choose
+from slothc.kernels.triton_source import source
+from slothc.kernels.vocab_rows import Loss, row_plan
 
 from slothc import catalogue
 
@@ -38,3 +40,17 @@ def test_blocks_hold_what_there_is(p: Pass) -> None:
             covered = s.grid[0] * s.grid[1] * s.blocks_l[0] if not p.program.reductions else held
             assert s.partials or s.loop or (s.grid[0] * s.grid[1] >= blocks and covered >= lanes)
             assert s.partials in (0, s.grid[0]) and s.grid[0] <= blocks * max(1, -(-lanes // s.blocks_l[0]))
+
+
+def test_a_tanh_to_16_bits_only_where_everything_behind_it_is_rounded_to_them() -> None:
+    """A loss in fp32 keeps the exact one, whatever is stored beside it."""
+    def text(chain: str, mode: str) -> str:
+        loss = Loss(chain, -100, 0.0, "mean", torch.float32)
+        return source(row_plan(loss, 32, mode, False), ((0,),), loop=True)
+
+    wide, short = "bf16; div 30.0 fp32; tanh fp32", "bf16; div 30.0 bf16; tanh bf16"
+    assert "_tanh16(" not in text(wide, "value") and "_tanh16(" not in text("fp32; tanh fp32", "both")
+    lines = text(wide, "both").splitlines()
+    behind = [line for line in lines if " c = " in line]
+    assert behind and all("_tanh(" in line for line in behind)
+    assert "_tanh(" not in text(short, "both") and "_tanh16(" in text(short, "both")
