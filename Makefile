@@ -47,7 +47,7 @@ lint: $(READY) ## ruff and mypy
 
 bench-cpu: $(READY) ## every benchmark script, small, on the CPU: shows that they run, not how fast anything is
 	$(PY) bench/train.py --model tiny --device cpu --batch 2 --seq 64 --systems eager,dynamo-eager,sloth
-	$(PY) bench/lora_curve.py --tiny
+	$(PY) bench/curve.py --tiny
 	$(PY) -m pytest bench/kernels.py
 
 clean: ## remove .venv and everything that was built

@@ -27,7 +27,7 @@ from torch import Tensor
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from slothc.kernels import scores, scores_launch
-from slothc.kernels.scores_launch import Blocks, block
+from slothc.kernels.scores_launch import Blocks, Part, block
 
 NAMES = ("out", "dq", "dk", "dv")
 TRIED = {
@@ -36,17 +36,20 @@ TRIED = {
         128: "128.64.8.3 128.64.8.2 128.64.4.3 128.64.4.2 128.128.8.2 64.64.4.3 64.64.4.2 128.32.4.3 64.128.4.2 128.32.8.3",
     },
     "to_queries": {
-        256: "64.64.8.2 64.64.4.2 64.64.8.1 64.32.4.2 64.32.4.1 64.32.4.3 64.32.8.3 128.64.8.1 128.32.8.1 128.32.8.2 32.64.4.2",
+        256: "64.32.4.3 64.64.8.2 64.64.4.2 64.64.8.1 64.32.4.2 64.32.4.1 64.32.8.3 128.64.8.1 128.32.8.1 128.32.8.2 32.64.4.2",
         128: "128.64.8.2 128.64.8.1 128.64.8.3 64.64.4.2 64.64.4.3 128.32.4.2 128.32.8.3 64.128.8.2 128.128.8.1 64.32.4.3",
     },
     "to_values": {256: "64.64.8.2 64.128.8.1 64.128.8.2 64.128.8.3 128.128.8.1 32.128.8.2 32.128.8.3 32.64.8.3 64.64.4.1 128.64.8.1"},
     "to_keys": {256: "64.64.8.2 64.64.8.1 32.64.8.2 32.64.8.3 64.128.8.1 64.128.16.1 32.128.8.1 32.128.8.2 64.64.4.1"},
+    "by_weights": {256: "64.128.8.4 64.128.8.3 64.128.8.2 32.128.8.4 32.128.8.6 64.64.4.3 64.64.4.4 128.128.8.2 64.64.8.4 32.64.4.4"},
     "to_both": {
         256: "32.64.8.3 32.64.8.2 32.64.8.1 64.64.8.2 64.64.8.1 16.64.8.3 16.64.8.2 16.128.8.2 32.128.8.1 32.64.4.2",
         128: "64.128.8.2 64.128.8.1 64.64.4.2 64.64.8.2 32.128.8.2 32.128.8.3 32.64.4.3 64.64.4.1 64.64.8.1 32.64.8.3",
     },
 }  # fmt: skip
 """Queries, keys, warps and stages."""
+COUNTS = {"forward": 1.0, "to_queries": 1.5, "to_values": 1.0, "to_keys": 1.5, "by_weights": 1.0, "to_both": 2.0}
+"""Pairs of products."""
 
 
 @dataclass(frozen=True)
@@ -168,8 +171,10 @@ def tune(shape: Shape, batch: int, tokens: int, device: str, only: str | None) -
     s = scores.Scoring(shape.chain, "causal")
     saved = scores.forward(s, q, k, v, None, None)
     flops = 2 * batch * shape.heads * tokens**2 * shape.dim
-    for name, count in (("forward", 1.0), ("to_queries", 1.5), ("to_values", 1.0), ("to_keys", 1.5), ("to_both", 2.0)):
-        if (only and name not in only) or block(shape.dim) not in TRIED[name]:
+    for name, count in COUNTS.items():
+        if (only and name not in only.split(",")) or block(shape.dim) not in TRIED[name]:
+            continue
+        if name == "by_weights" and not left_at_once(q, k, v):
             continue
         print(f"\n{shape.name}: {name}\n| queries.keys.warps.stages | ms | TFLOP/s | spills |\n| --- | --- | --- | --- |")
         for text in TRIED[name][block(shape.dim)].split():
@@ -181,6 +186,12 @@ def tune(shape: Shape, batch: int, tokens: int, device: str, only: str | None) -
                 print(f"| {text} | {type(error).__name__}: {str(error).splitlines()[0][:80]} |", flush=True)
 
 
+def left_at_once(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the backward leaves weights for dk and dv."""
+    (batch, heads, tq, d), (groups, tk) = q.shape, k.shape[1:3]
+    return scores_launch.at_once(batch * groups, heads // groups, (tq, tk), (d, v.shape[3]), q.element_size()) > 0
+
+
 def alone(
     name: str, s: scores.Scoring, given: Any, upstream: Tensor, saved: Any, blocks: Blocks
 ) -> tuple[Callable[[], float], Callable[[], Any]]:
@@ -188,23 +199,28 @@ def alone(
     q, k, v = given
     dq, dk, dv, deltas = *(torch.empty_like(t) for t in given), torch.zeros_like(saved[2])
     out, low, tops, inverses = saved
+    (batch, heads, tq, _), (groups, tk) = q.shape, k.shape[1:3]
+    left = left_at_once(q, k, v)
+    weights, slopes = q.new_zeros((2, batch * heads * tq * scores_launch.left_row(tk) if left else 0))
     more, operands = {
-        "forward": ((out,), (q, *saved)),
-        "to_queries": ((out, upstream, dq), (out, low, upstream, tops, inverses, deltas, dq)),
-        "to_both": ((upstream, dk, dv), (upstream, tops, inverses, deltas, dk, dv)),
+        "forward": ((out,), (q, k, v, q, q, *saved)),
+        "to_queries": ((out, upstream, dq), (q, k, v, q, out, low, upstream, tops, inverses, deltas, dq, weights, slopes)),
+        "by_weights": ((upstream, dk, dv), (q, upstream, weights, slopes, dk, dv)),
+        "to_both": ((upstream, dk, dv), (q, k, v, q, upstream, tops, inverses, deltas, dk, dv)),
     }["to_both" if name in scores_launch.PARTS else name]
+    part = Part(0, batch * (groups if name in scores_launch.BY_KEYS else heads), left and name not in ("forward", *scores_launch.PARTS))
     scores._kernels.clear()
     scores_launch.chosen[name, 2 * block(q.shape[3]), q.dtype.itemsize] = blocks
     try:
-        kernel = scores._kernel(name, s.form(None, None), 0, q, k, v, q, more)
+        kernel = scores._kernel(name, s.form(None, None), 0, q, k, v, q, more, part)
     finally:
         scores_launch.chosen.clear()
 
     def spills() -> Any:
-        made = kernel.run.ordinary((q, k, v, q, *operands))
+        made = kernel.run.ordinary(operands)
         return getattr(made, "n_spills", "?")
 
-    return lambda: milliseconds(lambda: kernel(q, k, v, q, *operands), q.device.type), spills
+    return lambda: milliseconds(lambda: kernel(*operands), q.device.type), spills
 
 
 def main() -> None:
@@ -213,16 +229,19 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--tune", action="store_true")
-    parser.add_argument("--only", help="kernels to tune: forward,to_queries,to_values,to_keys,to_both")
+    parser.add_argument("--only", help="kernels to tune: " + ",".join(COUNTS))
     parser.add_argument("--shape", help="the shape whose name holds this")
     parser.add_argument("--tanh", choices=["exact", "quick", "approx"], help="how the soft-cap's tanh is computed")
-    parser.add_argument("--apart", action="store_true", help="dk and dv by two kernels")
+    parser.add_argument("--apart", action="store_true", help="dk and dv apart at any width")
+    parser.add_argument("--left", type=int, metavar="MIB", help="most that is left of weights at a time; 0: scores are made again")
     a = parser.parse_args()
     torch.manual_seed(0)
     if a.tanh:
         scores_launch.tanh = lambda dtype: a.tanh
     if a.apart:
         scores_launch.TOGETHER = 0
+    if a.left is not None:
+        scores_launch.LEFT = a.left << 20
     for shape in SHAPES:
         if a.shape and a.shape.lower() not in shape.name.lower():
             continue

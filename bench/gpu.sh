@@ -49,7 +49,7 @@ for name in "$@"; do
       train llama1b-lora --model llama1b --batch 4 --systems eager,liger,sloth ;;
     ckpt) train llama8b-lora-ckpt --model llama8b --ckpt --systems eager,liger,unsloth,sloth ;;
     full) train llama1b-full --model llama1b --mode full --batch 4 --systems eager,inductor,liger,sloth ;;
-    curve) part lora-curve "$curve_s" "${PYTHON:-python3}" "$root/bench/lora_curve.py" --out "$out" ;;
+    curve) part lora-curve "$curve_s" "${PYTHON:-python3}" "$root/bench/curve.py" --out "$out" ;;
     micro) part kernel-rates "$train_s" "${PYTHON:-python3}" -m pytest bench/kernels.py -p no:cacheprovider --benchmark-columns=median ;;
     *) echo "unknown part $name; known: kernels train ckpt full curve micro"; exit 2 ;;
   esac

@@ -21,8 +21,7 @@ os.environ.setdefault("UNSLOTH_DISABLE_AUTO_UPDATES", "1")
 
 SYSTEMS = ("eager", "dynamo-eager", "inductor", "liger", "unsloth", "sloth", "sloth-graphs")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-ALL = "all-linear"  # where the seven have other names
-TARGETS_OF = {"nanochat_d32": ALL, "falcon_h1_1b": ALL}
+TARGETS_OF = {"nanochat_d32": "all-linear", "falcon_h1_1b": [*TARGETS, "in_proj"]}  # PEFT refuses a mixer's out_proj
 _LLAMA3 = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
     "rms_norm_eps": 1e-5,
@@ -124,7 +123,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
             "hidden_size": 256,
             "intermediate_size": 512,
             "num_hidden_layers": 2,
-            "initializer_range": 0.1,  # outputs near 1, as in a wide model: what lora_curve.py shows depends on it
+            "initializer_range": 0.1,  # outputs near 1, as in a wide model: what curve.py shows depends on it
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "max_position_embeddings": 512,

@@ -23,7 +23,7 @@ from slothc.gradients.vocabulary import Chain
 from torch import Tensor
 
 from .once import once_differentiable
-from .scores_launch import KEPT, MOST, PARTS, Form, Kernel, keyed
+from .scores_launch import BY_KEYS, KEPT, MOST, Form, Kernel, Part, at_once, keyed, left_row
 from .scores_rows import backward_rows, forward_rows
 from .tracing import traced
 from .triton_launch import available
@@ -178,11 +178,24 @@ def _backward(
     q, k, v, upstream = (_rows_lie(t) for t in (q, k, v, upstream))
     (out, low, tops, inverses), (dq, dk, dv) = saved, into
     form, flags = s.form(mask, None), _bytes(mask, q)
-    run = _kernel("to_queries", form, s.window, q, k, v, flags, (out, upstream, dq))
-    run(q, k, v, flags, out, low, upstream, tops, inverses, deltas, dq)
-    for name in keyed((q.shape[3], v.shape[3])) if to_keys else ():
-        run = _kernel(name, form, s.window, q, k, v, flags, (upstream, dk, dv))
-        run(q, k, v, flags, upstream, tops, inverses, deltas, dk, dv)
+    (b, h, tq, d), (kv, tk) = q.shape, k.shape[1:3]
+    dims, group = (d, v.shape[3]), h // kv
+    count = at_once(b * kv, group, (tq, tk), dims, q.element_size()) if to_keys else 0
+    if not count:
+        run = _kernel("to_queries", form, s.window, q, k, v, flags, (out, upstream, dq))
+        run(q, k, v, flags, out, low, upstream, tops, inverses, deltas, dq, dq, dq)
+        for name in keyed(dims) if to_keys else ():
+            run = _kernel(name, form, s.window, q, k, v, flags, (upstream, dk, dv))
+            run(q, k, v, flags, upstream, tops, inverses, deltas, dk, dv)
+        return
+    weights, slopes = q.new_empty((2, count * group * tq * left_row(tk)))
+    for before in range(0, b * kv, count):
+        some = min(count, b * kv - before)
+        part = Part(before * group, some * group, True)
+        run = _kernel("to_queries", form, s.window, q, k, v, flags, (out, upstream, dq), part)
+        run(q, k, v, flags, out, low, upstream, tops, inverses, deltas, dq, weights, slopes)
+        run = _kernel("by_weights", form, s.window, q, k, v, flags, (upstream, dk, dv), Part(before, some, True))
+        run(q, upstream, weights, slopes, dk, dv)
 
 
 def _to_sinks(sinks: Tensor, tops: Tensor, inverses: Tensor, deltas: Tensor) -> Tensor:
@@ -208,24 +221,39 @@ def _bytes(mask: Tensor | None, like: Tensor) -> Tensor:
 _kernels: dict[tuple[Any, ...], Kernel] = {}
 
 
-def _kernel(name: str, form: Form, window: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, more: Sequence[Tensor]) -> Kernel:
-    """The kernel for these operands' dtypes, shapes and strides. ``more``: those whose strides follow."""
+def _kernel(
+    name: str, form: Form, window: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, more: Sequence[Tensor], part: Part | None = None
+) -> Kernel:
+    """The kernel for these operands' dtypes, shapes and strides. ``more``: those whose strides follow. ``part``: of the heads, or all."""
     tensors = (q, k, v, mask, *more)
-    key = (name, form, window, q.device, mask.dtype, q.dtype, q.shape, k.shape[1:3], v.shape[3], *(t.stride() for t in tensors))
+    key = (name, form, window, part, q.device, mask.dtype, q.dtype, q.shape, k.shape[1:3], v.shape[3], *(t.stride() for t in tensors))
     found = _kernels.get(key)
     if found is None:
         while len(_kernels) >= KEPT:
             _kernels.pop(next(iter(_kernels)))
         (b, h, tq, d), (kv, tk), dv = q.shape, k.shape[1:3], v.shape[3]
-        heads = kv if name in PARTS else h
-        before = 0 if name in PARTS else 1                              # the result's strides come before the mask's
-        strides = [n for t in (q, k, v, *more[:before]) for n in t.stride()[:3]]
-        strides += mask.stride() if form.mask else (0, 0, 0, 0)
-        strides += [n for t in more[before:] for n in t.stride()[:3]]
+        heads = kv if name in BY_KEYS else h
+        part = part or Part(0, b * heads)
         far = max(sum((n - 1) * abs(m) for n, m in zip(t.shape[2:], t.stride()[2:])) for t in tensors)
-        numbers = (*strides, heads, tq, tk, window)
-        found = _kernels[key] = Kernel(name, form, q.dtype, (d, dv), h // kv, far >= WIDE, (b * heads, tq, tk), numbers, q.device)
+        numbers = (*_strides(name, form, q, k, v, mask, more), *_counts(name, part, heads, tq, tk, window))
+        found = _kernels[key] = Kernel(name, form, q.dtype, (d, dv), h // kv, far >= WIDE, part, (tq, tk), numbers, q.device)
     return found
+
+
+def _strides(name: str, form: Form, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, more: Sequence[Tensor]) -> list[int]:
+    if name == "by_weights":
+        return [n for t in (q, *more) for n in t.stride()[:3]]
+    before = 0 if name in BY_KEYS else 1                                # the result's strides come before the mask's
+    strides = [n for t in (q, k, v, *more[:before]) for n in t.stride()[:3]]
+    strides += mask.stride() if form.mask else (0, 0, 0, 0)
+    return strides + [n for t in more[before:] for n in t.stride()[:3]]
+
+
+def _counts(name: str, part: Part, heads: int, tq: int, tk: int, window: int) -> tuple[int, ...]:
+    every = (heads, tq, tk, window)
+    if name == "by_weights":
+        return (left_row(tk), *every, part.before, part.count)
+    return (left_row(tk), *every, part.before) if name == "to_queries" else every
 
 
 class _Attend(torch.autograd.Function):

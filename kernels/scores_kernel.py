@@ -1,7 +1,7 @@
 """The Triton kernels of ``scores``: imported only where there is a device for them.
 
 x = q k^T in fp32, y = VALUE(x) + mask in base 2, p = 2^(y - top) / total. VALUE and BOTH (y and dy/dx) are printed from an expression
-(``scores_program``). Everything about a block of queries stays in one program, so no sum depends on the order of programs.
+(``scores_program``). Everything about a block of queries, or of keys, stays in one program: no sum depends on the order of programs.
 
 KIND: 0 every key, 1 keys up to the query, 2 the last ``window`` of those. MASK: 0 none, 1 a tensor that is added, 2 a tensor of flags
 with -inf where one is clear, 3 with SHUT there. EDGE: whether a block has pairs that KIND or a length shuts.
@@ -86,6 +86,18 @@ def _key_spans(start, TK, window, KIND: tl.constexpr, BLOCK_M: tl.constexpr, BLO
         full = tl.minimum(tl.maximum(full, first), tl.cdiv(end, BLOCK_N) * BLOCK_N)
         edge = tl.maximum(edge, full)
     return first, full, edge, end
+
+
+@triton.jit
+def _whole_spans(start, TK, window, KIND: tl.constexpr, SPAN: tl.constexpr):
+    """(first, end): the squares of SPAN queries and keys that the queries around ``start`` have pairs in."""
+    start = start // SPAN * SPAN
+    first, end = 0, TK
+    if KIND > 0:
+        end = tl.minimum(TK, start + SPAN)
+    if KIND == 2:
+        first = tl.maximum(start - window + 1, 0) // SPAN * SPAN
+    return first, tl.cdiv(end, SPAN) * SPAN
 
 
 @triton.jit
@@ -175,9 +187,10 @@ def forward(q, k, v, mask, sinks, out, low, tops, inverses,
 
 
 @triton.jit
-def _to_queries(acc, queries, upstream, top, inverse, delta, k, v, mask, rows, lo, hi, sk_t, sv_t, sm_q, sm_k, TQ, TK, window,
-                BOTH: tl.constexpr, KIND: tl.constexpr, MASK: tl.constexpr, EDGE: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
-                BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def _to_queries(acc, queries, upstream, top, inverse, delta, k, v, mask, weights, slopes, rows, lo, hi, sk_t, sv_t, sm_q, sm_k, sw_t,
+                TQ, TK, window, BOTH: tl.constexpr, SPAN: tl.constexpr, KIND: tl.constexpr, MASK: tl.constexpr, EDGE: tl.constexpr,
+                DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr,
+                PRECISION: tl.constexpr):  # fmt: skip
     dims, dims_v = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
     for start in range(lo, hi, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N).to(rows.dtype)
@@ -188,21 +201,44 @@ def _to_queries(acc, queries, upstream, top, inverse, delta, k, v, mask, rows, l
         p = tl.exp2(y - top[:, None]) * inverse[:, None]
         dp = tl.dot(upstream, values.T, input_precision=PRECISION)
         dx = _cut(p * (dp - delta[:, None]) * slope, rows[:, None], keys[None, :], mask, sm_q, sm_k, TQ, TK, MASK)
-        acc = tl.dot(dx.to(kt.dtype), kt, acc, input_precision=PRECISION)
+        low = dx.to(kt.dtype)
+        if SPAN > 0:
+            place = rows[:, None] * sw_t + keys[None, :]
+            tl.store(weights + place, p.to(kt.dtype), mask=rows[:, None] < TQ)
+            tl.store(slopes + place, low, mask=rows[:, None] < TQ)
+        acc = tl.dot(low, kt, acc, input_precision=PRECISION)
     return acc
 
 
-@triton.jit(do_not_specialize=["H", "TQ", "TK", "window"])
-def to_queries(q, k, v, mask, out, low, upstream, tops, inverses, deltas, dq,
+@triton.jit
+def _nothing(weights, slopes, rows, lo, hi, sw_t, TQ, BLOCK_N: tl.constexpr):
+    """Zeros for the keys from ``lo`` to ``hi``."""
+    for start in range(lo, hi, BLOCK_N):
+        place = rows[:, None] * sw_t + (start + tl.arange(0, BLOCK_N))[None, :]
+        zeros = tl.zeros(place.shape, weights.dtype.element_ty)
+        tl.store(weights + place, zeros, mask=rows[:, None] < TQ)
+        tl.store(slopes + place, zeros, mask=rows[:, None] < TQ)
+
+
+@triton.jit(do_not_specialize=["H", "TQ", "TK", "window", "before"])
+def to_queries(q, k, v, mask, out, low, upstream, tops, inverses, deltas, dq, weights, slopes,
                sq_b, sq_h, sq_t, sk_b, sk_h, sk_t, sv_b, sv_h, sv_t, so_b, so_h, so_t, sm_b, sm_h, sm_q, sm_k,
-               su_b, su_h, su_t, sd_b, sd_h, sd_t, H, TQ, TK, window,
-               BOTH: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, MASK: tl.constexpr, SHIFT: tl.constexpr,
+               su_b, su_h, su_t, sd_b, sd_h, sd_t, sw_t, H, TQ, TK, window, before,
+               BOTH: tl.constexpr, SPAN: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, MASK: tl.constexpr, SHIFT: tl.constexpr,
                WIDE: tl.constexpr, PRECISION: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
                BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
-    """dq = dx k for dx = p (dp - delta) dy/dx, dp = upstream v^T, delta = sum_j p dp = upstream . out, which is stored."""
+    """dq = dx k for dx = p (dp - delta) dy/dx, dp = upstream v^T, delta = sum_j p dp = upstream . out, which is stored.
+
+    Heads are counted from the ``before``-th on. SPAN > 0: p and dx are left in ``weights`` and ``slopes`` [head, query, key] for
+    ``by_weights``, with zeros where a square of SPAN queries and keys has pairs that KIND shuts; rows are ``sw_t`` long.
+    """
     blocks = tl.cdiv(TQ, BLOCK_M)
     start = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M
     head = tl.program_id(0) // blocks
+    if SPAN > 0:
+        weights += head.to(tl.int64) * TQ * sw_t
+        slopes += head.to(tl.int64) * TQ * sw_t
+    head += before
     b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
     k += b * sk_b + h // GROUP * sk_h
     v += b * sv_b + h // GROUP * sv_h
@@ -227,15 +263,60 @@ def to_queries(q, k, v, mask, out, low, upstream, tops, inverses, deltas, dq,
     first, full, edge, end = _key_spans(start, TK, window, KIND, BLOCK_M, BLOCK_N)
     if KIND == 2:
         acc = _to_queries(
-            acc, queries, grads, top, inverse, delta, k, v, mask, rows, first, full, sk_t, sv_t, sm_q, sm_k, TQ, TK, window,
-            BOTH, KIND, MASK, True, DIM, DIM_V, BLOCK_D, BLOCK_V, BLOCK_N, PRECISION)  # fmt: skip
+            acc, queries, grads, top, inverse, delta, k, v, mask, weights, slopes, rows, first, full, sk_t, sv_t, sm_q, sm_k, sw_t,
+            TQ, TK, window, BOTH, SPAN, KIND, MASK, True, DIM, DIM_V, BLOCK_D, BLOCK_V, BLOCK_N, PRECISION)  # fmt: skip
     acc = _to_queries(
-        acc, queries, grads, top, inverse, delta, k, v, mask, rows, full, edge, sk_t, sv_t, sm_q, sm_k, TQ, TK, window,
-        BOTH, KIND, MASK, False, DIM, DIM_V, BLOCK_D, BLOCK_V, BLOCK_N, PRECISION)  # fmt: skip
+        acc, queries, grads, top, inverse, delta, k, v, mask, weights, slopes, rows, full, edge, sk_t, sv_t, sm_q, sm_k, sw_t,
+        TQ, TK, window, BOTH, SPAN, KIND, MASK, False, DIM, DIM_V, BLOCK_D, BLOCK_V, BLOCK_N, PRECISION)  # fmt: skip
     acc = _to_queries(
-        acc, queries, grads, top, inverse, delta, k, v, mask, rows, edge, end, sk_t, sv_t, sm_q, sm_k, TQ, TK, window,
-        BOTH, KIND, MASK, True, DIM, DIM_V, BLOCK_D, BLOCK_V, BLOCK_N, PRECISION)  # fmt: skip
+        acc, queries, grads, top, inverse, delta, k, v, mask, weights, slopes, rows, edge, end, sk_t, sv_t, sm_q, sm_k, sw_t,
+        TQ, TK, window, BOTH, SPAN, KIND, MASK, True, DIM, DIM_V, BLOCK_D, BLOCK_V, BLOCK_N, PRECISION)  # fmt: skip
     _store(dq + b * sd_b + h * sd_h, rows, sd_t, dims, TQ, acc.to(dq.dtype.element_ty), DIM)
+    if SPAN > 0:
+        whole_first, whole_end = _whole_spans(start, TK, window, KIND, SPAN)
+        _nothing(weights, slopes, rows, whole_first, first, sw_t, TQ, BLOCK_N)
+        _nothing(weights, slopes, rows, tl.cdiv(end, BLOCK_N) * BLOCK_N, whole_end, sw_t, TQ, BLOCK_N)
+
+
+@triton.jit
+def _weighed(weights, x, sw_t, sx_h, sx_t, start, first, turns, TQ, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
+             BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """sum_i weights_ij x_i over GROUP heads and their queries from ``first`` on, for BLOCK_N keys from ``start``."""
+    acc = tl.zeros((BLOCK_N, BLOCK), tl.float32)
+    keys, dims = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK)
+    for turn in range(GROUP * turns):
+        h, row = tl.cast(turn // turns, tl.int64), first + turn % turns * BLOCK_M
+        w = _rows_from(weights + h * TQ * sw_t + start, row, sw_t, keys, TQ, BLOCK_N, BLOCK_N, BLOCK_M)
+        rows = _rows_from(x + h * sx_h, row, sx_t, dims, TQ, DIM, BLOCK, BLOCK_M)
+        acc = tl.dot(w.T, rows, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit(do_not_specialize=["H", "TQ", "TK", "window", "before", "heads"])
+def by_weights(q, upstream, weights, slopes, dk, dv, sq_b, sq_h, sq_t, su_b, su_h, su_t, sd_b, sd_h, sd_t, se_b, se_h, se_t, sw_t,
+               H, TQ, TK, window, before, heads, GROUP: tl.constexpr, KIND: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+               DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+               BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    """dk = dx^T q and dv = p^T upstream, summed over the GROUP query heads that read a key head, from what ``to_queries`` left of p and dx.
+
+    ``heads`` key heads from the ``before``-th on; H of them in a batch's element.
+    """
+    start = tl.program_id(0) // heads * BLOCK_N                              # the longest first
+    local = (tl.program_id(0) % heads).to(tl.int64)
+    head = local + before
+    b, g = head // H, head % H
+    keys = start + tl.arange(0, BLOCK_N)
+    if WIDE:
+        keys = keys.to(tl.int64)
+    first, end = _row_span(start, TQ, window, KIND, BLOCK_M, BLOCK_N)
+    turns = tl.cdiv(tl.maximum(end - first, 0), BLOCK_M)
+    place = local * GROUP * TQ * sw_t
+    acc = _weighed(weights + place, upstream + b * su_b + g * GROUP * su_h, sw_t, su_h, su_t, start, first, turns, TQ,
+                   GROUP, DIM_V, BLOCK_V, BLOCK_M, BLOCK_N, PRECISION)  # fmt: skip
+    _store(dv + b * se_b + g * se_h, keys, se_t, tl.arange(0, BLOCK_V), TK, acc.to(dv.dtype.element_ty), DIM_V)
+    acc = _weighed(slopes + place, q + b * sq_b + g * GROUP * sq_h, sw_t, sq_h, sq_t, start, first, turns, TQ,
+                   GROUP, DIM, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION)  # fmt: skip
+    _store(dk + b * sd_b + g * sd_h, keys, sd_t, tl.arange(0, BLOCK_D), TK, acc.to(dk.dtype.element_ty), DIM)
 
 
 @triton.jit(do_not_specialize=["H", "TQ", "TK", "window"])

@@ -47,11 +47,15 @@ SHAPES: dict[str, dict[int, tuple[Blocks, ...]]] = {
     },
     "to_keys": {256: (Blocks(32, 128, 8, 2), Blocks(64, 64, 8, 2), Blocks(32, 64, 8, 2), Blocks(32, 32, 4, 1))},
     "to_values": {256: (Blocks(64, 128, 8, 2), Blocks(64, 64, 8, 2), Blocks(32, 64, 8, 2), Blocks(32, 32, 4, 1))},
+    "by_weights": {256: (Blocks(64, 64, 8, 4), Blocks(64, 64, 8, 3), Blocks(64, 64, 8, 2), Blocks(32, 64, 4, 2), Blocks(32, 32, 4, 1))},
 }
 SMALL = {64: (Blocks(64, 32, 4, 1), Blocks(32, 32, 4, 1)), 128: (Blocks(32, 32, 4, 1),), 256: (Blocks(16, 16, 4, 1),)}
 SMALL_MEMORY = 64 << 10
 PARTS = {"to_values": 1, "to_keys": 2, "to_both": 3}
-TOGETHER = 384        # columns of a query and a value up to which one kernel makes dk and dv; beyond, two make the scores once more
+BY_KEYS = (*PARTS, "by_weights")
+TOGETHER = 384        # columns of a query and a value up to which making the scores again is cheaper than leaving them in memory
+SPAN = 128            # of keys: what is left is left in whole spans
+LEFT = 512 << 20      # bytes of weights and slopes that are left at a time
 # fp32 products are exact, on the ordinary cores
 WIDE_SHAPES = (Blocks(32, 32, 4, 1), Blocks(16, 16, 4, 1))
 chosen: dict[tuple[str, int, int], Blocks] = {}    # what a benchmark, or a launch that did not fit, puts in place of a table's line
@@ -64,6 +68,8 @@ def block(dim: int) -> int:
 
 def shared(name: str, b: Blocks, width: int, size: int) -> int:
     """About how many bytes of shared memory a program takes: ``width`` columns of a query and a value together, ``size`` bytes each."""
+    if name == "by_weights":
+        return b.m * (b.n + width // 2) * b.stages * size
     rows, across = (b.n, b.m) if name in PARTS else (b.m, b.n)
     kept = rows * width // (2 if name in ("forward", "to_values") else 1)
     moving = across * width * b.stages
@@ -93,33 +99,62 @@ def tanh(dtype: torch.dtype) -> str:
     return "quick" if dtype in SHIFTS else "exact"
 
 
-def constants(name: str, form: Form, dtype: torch.dtype, group: int, wide: bool, dims: tuple[int, int], b: Blocks) -> dict[str, Any]:
+def constants(
+    name: str, form: Form, dtype: torch.dtype, group: int, wide: bool, dims: tuple[int, int], b: Blocks, leaves: bool = False
+) -> dict[str, Any]:  # fmt: skip
     """The kernel's compile-time arguments in the order of its signature, then the compiler's options."""
     value, both = triton_functions(form.chain, tanh(dtype))
-    found: dict[str, Any] = {"VALUE": value} if name == "forward" else {"BOTH": both}
-    found |= {"WHICH": PARTS[name]} if name in PARTS else {}
-    found |= {"GROUP": group, "KIND": form.kind, "MASK": form.mask}
+    firsts: dict[str, dict[str, Any]] = {
+        "forward": {"VALUE": value}, "to_queries": {"BOTH": both, "SPAN": SPAN if leaves else 0}, "by_weights": {}
+    }  # fmt: skip
+    found = {**(firsts[name] if name in firsts else {"BOTH": both, "WHICH": PARTS[name]}), "GROUP": group, "KIND": form.kind}
+    found |= {"MASK": form.mask} if name != "by_weights" else {}
     found |= {"SINK": form.sink} if name == "forward" else {}
-    found |= {"SHIFT": SHIFTS.get(dtype, 0)} if name not in PARTS else {}
+    found |= {"SHIFT": SHIFTS.get(dtype, 0)} if name in ("forward", "to_queries") else {}
     found |= {"WIDE": wide, "PRECISION": "ieee", "DIM": dims[0], "DIM_V": dims[1], "BLOCK_D": block(dims[0]), "BLOCK_V": block(dims[1])}
     return found | {"BLOCK_M": b.m, "BLOCK_N": b.n, "num_warps": b.warps, "num_stages": b.stages, "enable_fp_fusion": True}
 
 
 def keyed(dims: tuple[int, int]) -> tuple[str, ...]:
-    """The kernels for the gradients of keys and values."""
+    """The kernels for the gradients of keys and values where nothing is left for them."""
     return ("to_both",) if block(dims[0]) + block(dims[1]) <= TOGETHER else ("to_values", "to_keys")
+
+
+def left_row(keys: int) -> int:
+    """Elements in a row of the weights that are left."""
+    return -(-keys // SPAN) * SPAN
+
+
+def at_once(heads: int, group: int, lengths: tuple[int, int], dims: tuple[int, int], size: int) -> int:
+    """Of ``heads`` key heads, each read by ``group`` query heads, how many leave weights and slopes at a time; 0: making them again is
+    cheaper, or one takes too much memory.
+    """
+    each = 2 * size * group * lengths[0] * left_row(lengths[1])
+    if block(dims[0]) + block(dims[1]) <= TOGETHER or each > LEFT:
+        return 0
+    turns = -(-heads // (LEFT // each))
+    return -(-heads // turns)
+
+
+@dataclass(frozen=True)
+class Part:
+    """``count`` heads from the ``before``-th on. ``leaves``: their weights are left, or read."""
+
+    before: int
+    count: int
+    leaves: bool = False
 
 
 class Kernel:
     """One kernel for operands of these dtypes, shapes and strides; smaller blocks where the first choice does not fit."""
 
     def __init__(
-        self, name: str, form: Form, dtype: torch.dtype, dims: tuple[int, int], group: int, wide: bool, sizes: tuple[int, int, int],
-        numbers: tuple[int, ...], device: torch.device,
+        self, name: str, form: Form, dtype: torch.dtype, dims: tuple[int, int], group: int, wide: bool, part: Part,
+        lengths: tuple[int, int], numbers: tuple[int, ...], device: torch.device,
     ) -> None:  # fmt: skip
-        self.name, self.device, self.numbers = name, device, numbers
+        self.name, self.device, self.numbers, self.part = name, device, numbers, part
         self.parts = (form, dtype, group, wide, dims)
-        self.heads, self.tq, self.tk = sizes
+        self.tq, self.tk = lengths
         width, size = block(dims[0]) + block(dims[1]), dtype.itemsize
         self.key = (name, width, size)
         tried = shapes(name, width, size, memory(device))
@@ -128,9 +163,9 @@ class Kernel:
 
     def _direct(self) -> Direct:
         b = self.tried[0]
-        rows, by = (self.tk, b.n) if self.name in PARTS else (self.tq, b.m)
-        options = constants(self.name, *self.parts, b)
-        return Direct(_kernel(self.name), (-(-rows // by) * self.heads,), self.numbers, options, self.device)
+        rows, by = (self.tk, b.n) if self.name in BY_KEYS else (self.tq, b.m)
+        options = constants(self.name, *self.parts, b, self.part.leaves)
+        return Direct(_kernel(self.name), (-(-rows // by) * self.part.count,), self.numbers, options, self.device)
 
     def __call__(self, *tensors: Tensor) -> None:
         while True:

@@ -40,6 +40,14 @@ def available(device: torch.device) -> bool:
 
 
 @functools.cache
+def nvidia() -> bool:
+    """Whether kernels are compiled for NVIDIA's devices from sm_75 on, and all of them are."""
+    if INTERPRET or torch.version.hip is not None or not torch.cuda.is_available():
+        return False
+    return all(torch.cuda.get_device_capability(k) >= (7, 5) for k in range(torch.cuda.device_count()))
+
+
+@functools.cache
 def processors(device: torch.device) -> int:
     """Multiprocessors of the device; 2 under the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
@@ -150,7 +158,8 @@ class TritonLauncher(Recorded):
     def _kernel(self, groups: Groups, loop: bool, pieces: int) -> Any:
         if (groups, loop, pieces) not in self.kernels:
             name = f"rowwise_{self.p.key}"                                # what a profiler shows
-            self.kernels[groups, loop, pieces] = getattr(load(name, source(self.p, groups, loop, name, pieces)), name)
+            text = source(self.p, groups, loop, name, pieces, nvidia=nvidia())
+            self.kernels[groups, loop, pieces] = getattr(load(name, text), name)
         return self.kernels[groups, loop, pieces]
 
     def _prepare(self, reads: Sequence[Tensor], writes: Sequence[Tensor]) -> Launch:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import sympy as sp
+from slothc.gradients.bounds import bounds, span
 from slothc.gradients.geometry import Access
 from slothc.gradients.plan import Lookup, Pass
 from slothc.gradients.program import Input, Output, Reduce, Stage
@@ -24,6 +26,7 @@ ELEMENT = {"fp32": "tl.float32", "bf16": "tl.bfloat16", "fp16": "tl.float16", "f
 SHORT = {"bf16", "fp16"}
 LOOP_BLOCK = 4096     # lanes of a row that a loop kernel has in hand
 AHEAD = 48 << 10      # bytes of shared memory for blocks of a row on their way
+NARROW = 64.0         # of exponents: e^-64 is far from fp32's smallest number, and so is a sum of 2^31 of them
 
 HEADER = '''import triton
 import triton.language as tl
@@ -52,6 +55,12 @@ def _tanh16(x):
     root = tl.rsqrt(1.0 + tl.exp2(2.8853900817779268 * x))
     return tl.where(u < 0.04, small, 1.0 - 2.0 * root * root)
 ''',
+    "_tanh8": '''
+
+@triton.jit
+def _tanh8(x):
+    return _tanh16(x)
+''',
     "_log1p": '''
 
 @triton.jit
@@ -76,20 +85,38 @@ def _logsumexp(x, ok):
 ''',
 }
 
+# relative error 2^-11, a quarter of bfloat16's: one instruction from sm_75 on
+NVIDIA: dict[str, str] = {
+    "_tanh8": '''
+
+@triton.jit
+def _tanh8(x):
+    return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+''',
+}
+
 Groups = tuple[tuple[int, ...], ...]
 
 
-def source(p: Pass, groups: Groups, loop: bool, name: str = "kernel", pieces: int = 1) -> str:
+class tanh8(sp.Function):
+    """tanh to eight bits."""
+
+
+DIALECT = {**TRITON, "tanh8": "_tanh8({0})"}
+
+
+def source(p: Pass, groups: Groups, loop: bool, name: str = "kernel", pieces: int = 1, nvidia: bool = False) -> str:
     """The text of a module with one kernel ``name`` for pass ``p`` whose row axes are merged into ``groups``.
 
-    ``pieces``: blocks that hold a row of a tile kernel, 1 unless ``splits(p)``.
+    ``pieces``: blocks that hold a row of a tile kernel, 1 unless ``splits(p)``. ``nvidia``: for a device from sm_75 on alone.
     """
     body = "\n".join(_Kernel(p, groups).text(name, loop, pieces)) + "\n"
+    helpers = HELPERS | NVIDIA if nvidia else HELPERS
     needed: list[str] = []
-    for helper in reversed(HELPERS):                                       # a later one may call an earlier one
-        if f"{helper}(" in body + "".join(HELPERS[n] for n in needed):
+    for helper in reversed(helpers):                                       # a later one may call an earlier one
+        if f"{helper}(" in body + "".join(helpers[n] for n in needed):
             needed.insert(0, helper)
-    return HEADER + "".join(HELPERS[n] for n in needed) + "\n\n" + body
+    return HEADER + "".join(helpers[n] for n in needed) + "\n\n" + body
 
 
 def splits(p: Pass) -> bool:
@@ -163,6 +190,10 @@ def _accesses(p: Pass) -> list[tuple[str, Access | None]]:
     return found
 
 
+def _is_tanh(e: sp.Basic) -> bool:
+    return type(e).__name__ == "tanh"
+
+
 class _Kernel:
     def __init__(self, p: Pass, groups: Groups) -> None:
         self.p, self.program, self.groups = p, p.program, groups
@@ -175,6 +206,9 @@ class _Kernel:
         self.kinds = self.program.kinds
         wide = {o.value for o, a in zip(self.program.outputs, p.stores) if p.writes[a.tensor].dtype not in SHORT}
         self.exact = self.program.needed(wide)                            # all else ends in results of 16 bits
+        shorts = [s.expr for s in self.program.stages if s.dtype == "bf16" and _is_tanh(s.expr)]
+        self.short = {e.args[0] for e in shorts}                          # eager has no more than eight bits of their tanh
+        self.bounds = bounds(self.program)
 
     def text(self, name: str, loop: bool, pieces: int) -> Iterator[str]:
         pointers = [f"in{t}" for t in tensors(self.p)]
@@ -284,7 +318,10 @@ class _Kernel:
     def _equation(self, stage: Stage) -> str:
         if isinstance(stage.value, Reduce):
             return f"{stage.name} = {self._reduction(stage.value)}"
-        text = render(stage.value, TRITON)
+        value = stage.value
+        if stage.dtype == "bf16" or stage.name not in self.exact:
+            value = value.replace(lambda e: _is_tanh(e) and e.args[0] in self.short, lambda e: tanh8(*e.args))
+        text = render(value, DIALECT)
         if stage.dtype in SHORT or stage.name not in self.exact:
             text = text.replace("_tanh(", "_tanh16(")
         if stage.dtype and stage.dtype != "fp32" and stage.value.free_symbols:
@@ -298,7 +335,15 @@ class _Kernel:
         top = f"tl.max(tl.where(lane_ok, {body}, -float('inf')), axis=1)[:, None]"
         if value.op == "max":
             return top
+        greatest = self._greatest(value)
+        if greatest is not None:
+            return f"{greatest} + tl.log(tl.sum(tl.where(lane_ok, tl.exp({body} - {greatest}), 0.0), axis=1)[:, None])"
         return f"_logsumexp({body}, lane_ok)"
+
+    def _greatest(self, value: Reduce) -> float | None:
+        """What no exponent of a logsumexp is above, where none is so far below that it would be lost: it needs no maximum then."""
+        low, high = span(value.body, self.bounds)
+        return high if high - low <= NARROW else None
 
     # kernels
 
@@ -392,7 +437,7 @@ class _Kernel:
     def _reduce_pass(self, stages: list[Stage]) -> Iterator[str]:
         for s in stages:
             assert isinstance(s.value, Reduce)
-            if s.value.op != "sum":
+            if s.value.op != "sum" and self._greatest(s.value) is None:
                 yield f"top_{s.name} = tl.full((BLOCK_R, BLOCK_L), -float('inf'), tl.float32)"
             if s.value.op != "max":
                 yield f"sum_of_{s.name} = tl.zeros((BLOCK_R, BLOCK_L), tl.float32)"
@@ -407,6 +452,9 @@ class _Kernel:
             if s.value.op == "sum":
                 yield f"{s.name} = tl.sum(sum_of_{s.name}, axis=1)[:, None]"
                 continue
+            if s.value.op == "logsumexp" and (greatest := self._greatest(s.value)) is not None:
+                yield f"{s.name} = {greatest} + tl.log(tl.sum(sum_of_{s.name}, axis=1)[:, None])"
+                continue
             yield f"{s.name} = tl.max(top_{s.name}, axis=1)[:, None]"
             if s.value.op == "logsumexp":                                 # lse = M + log(sum_j s_j e^(m_j - M))
                 shift = f"tl.where({s.name} == -float('inf'), 0.0, {s.name})"
@@ -416,6 +464,9 @@ class _Kernel:
         body = render(value.body, TRITON)
         if value.op == "sum":
             yield f"sum_of_{name} += tl.where(lane_ok, {body}, 0.0)"
+            return
+        if value.op == "logsumexp" and (greatest := self._greatest(value)) is not None:
+            yield f"sum_of_{name} += tl.where(lane_ok, tl.exp({body} - {greatest}), 0.0)"
             return
         yield f"next_{name} = tl.where(lane_ok, {body}, -float('inf'))"
         if value.op == "max":

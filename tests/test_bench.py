@@ -55,7 +55,7 @@ def test_unknown_systems_are_refused_by_name() -> None:
     run = script("train.py", "--systems", "eager,magic")
     assert run.returncode == 2
     assert "unknown system magic; known: eager" in run.stderr
-    assert "unknown run magic; known: fp32" in script("lora_curve.py", "--runs", "magic").stderr
+    assert "unknown run magic; known: fp32" in script("curve.py", "--runs", "magic").stderr
 
 
 def test_lora_learns_as_in_fp32(tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_lora_learns_as_in_fp32(tmp_path: Path) -> None:
 
     With fp32 adapters too: ``test_acceptance`` trains both, without a process for each.
     """
-    run = script("lora_curve.py", "--tiny", "--out", str(tmp_path), "--runs", "fp32;eager;sloth")
+    run = script("curve.py", "--tiny", "--out", str(tmp_path), "--runs", "fp32;eager;sloth")
     assert run.returncode == 0, run.stderr
     results = json.loads((tmp_path / "lora-curve-tiny.json").read_text())["results"]
     truth = results["fp32"]["losses"]

@@ -63,7 +63,7 @@ def signature(p: Pass, kernel: Any) -> dict[str, str]:
 
 
 def planned(name: str, p: Pass, groups: triton_source.Groups, loop: bool, pieces: int, target: GPUTarget) -> dict[str, Any]:
-    kernel = cache.load("compile_for", triton_source.source(p, groups, loop, pieces=pieces)).kernel
+    kernel = cache.load("compile_for", triton_source.source(p, groups, loop, pieces=pieces, nvidia=target.backend == "cuda")).kernel
     lanes = dict(zip(triton_pieces.block_names(pieces), (1024 if loop else 64, 16)))
     values = {"BLOCK_R": 1 if loop else 2, **lanes, "WIDE": "layer_norm" in name, "STAGES": 3}
     return built(name, kernel, signature(p, kernel), values, {"num_warps": 4}, SMALL, target)

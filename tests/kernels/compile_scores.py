@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from slothc.kernels import scores_launch
-from slothc.kernels.scores_launch import Form, block, constants, keyed, shapes
+from slothc.kernels.scores_launch import Form, at_once, block, constants, keyed, shapes
 
 MEMORY = {"75": 64 << 10, "80": 163 << 10, "90": 227 << 10, "gfx942": 64 << 10}
 POINTER = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 KEPT = {"tops": "*fp32", "inverses": "*fp32", "deltas": "*fp32", "low": "*i8"}
 CAPPED, PLAIN = "fp32; mul 0.0625 fp32; div 50 fp32; tanh fp32; mul 50 fp32", "fp32; mul 0.125 fp32"
+NUMBERS = ("H", "TQ", "TK", "window", "before", "heads")
 # chain, KIND, MASK, sinks, head dimensions, wide offsets
 CASES = (
     (CAPPED, 1, 0, False, (256, 256), False), (PLAIN, 0, 1, False, (80, 80), False), (PLAIN, 2, 2, True, (64, 64), False),
@@ -25,10 +26,11 @@ def kernels(arch: str) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any
     every = ((half, CASES), (torch.float32, CASES[1:2]))
     for dtype, cases in every if arch == "90" else ((half, CASES[::2]),):  # a kernel takes seconds: the others see one of each kind
         for chain, kind, mask, sink, dims, wide in cases:
-            for name in ("forward", "to_queries", *keyed(dims)):
+            left = bool(at_once(1, 2, (2048, 2048), dims, dtype.itemsize))
+            for name in ("forward", "to_queries", *keyed(dims), *(["by_weights"] if left else [])):
                 kernel = scores_launch._kernel(name)
                 b = shapes(name, block(dims[0]) + block(dims[1]), dtype.itemsize, MEMORY[arch])[0]
-                values = constants(name, Form(chain, kind, mask, sink), dtype, 2, wide, dims, b)
+                values = constants(name, Form(chain, kind, mask, sink), dtype, 2, wide, dims, b, left)
                 options = {o: values.pop(o) for o in ("num_warps", "num_stages", "enable_fp_fusion")}
                 types = {n: _type(n, dtype, mask, values) for n in kernel.arg_names}
                 text = f"{name} {str(dtype)[6:]} {dims} kind {kind} mask {mask} {b}"
@@ -42,4 +44,4 @@ def _type(name: str, dtype: torch.dtype, mask: int, values: dict[str, Any]) -> s
         return "*u8"
     if name in KEPT:
         return KEPT[name]
-    return "i32" if (name.startswith("s") and "_" in name) or name in ("H", "TQ", "TK", "window") else POINTER[dtype]
+    return "i32" if (name.startswith("s") and "_" in name) or name in NUMBERS else POINTER[dtype]

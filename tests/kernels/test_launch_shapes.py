@@ -48,9 +48,20 @@ def test_a_tanh_to_16_bits_only_where_everything_behind_it_is_rounded_to_them() 
         loss = Loss(chain, -100, 0.0, "mean", torch.float32)
         return source(row_plan(loss, 32, mode, False), ((0,),), loop=True)
 
-    wide, short = "bf16; div 30.0 fp32; tanh fp32", "bf16; div 30.0 bf16; tanh bf16"
+    wide, short = "bf16; div 30.0 fp32; tanh fp32", "bf16; div 30.0 bf16; tanh bf16; mul 30.0 bf16"
     assert "_tanh16(" not in text(wide, "value") and "_tanh16(" not in text("fp32; tanh fp32", "both")
     lines = text(wide, "both").splitlines()
     behind = [line for line in lines if " c = " in line]
     assert behind and all("_tanh(" in line for line in behind)
-    assert "_tanh(" not in text(short, "both") and "_tanh16(" in text(short, "both")
+    assert "_tanh(" not in text(short, "both") and "_tanh8(" in text(short, "both")
+    half = text(short.replace("bf16", "fp16"), "both")                       # which has three bits more
+    assert "_tanh8(" not in half and "_tanh16(" in half
+
+
+def test_logits_that_are_bounded_need_no_maximum() -> None:
+    def text(chain: str) -> str:
+        return source(row_plan(Loss(chain, -100, 0.0, "mean", torch.float32), 32, "both", False), ((0,),), loop=True)
+
+    assert "top_lse" not in text("bf16; div 30.0 bf16; tanh bf16; mul 30.0 bf16")
+    for chain in ("bf16", "bf16; div 40.0 bf16; tanh bf16; mul 40.0 bf16"):     # e^-80 of a sum would be close to nothing
+        assert "top_lse" in text(chain)

@@ -218,9 +218,13 @@ def test_any_block_shape(blocks: tuple[int, int], request: pytest.FixtureRequest
         hold([three(case, 0, torch.float32)], torch.float32)
 
 
-def test_dk_and_dv_apart(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("left", [0, 1 << 20, 1 << 30], ids=["made again", "a part at a time", "all left"])
+def test_dk_and_dv_apart(left: int, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where two wide accumulators do not fit: from scores that are made again, or from weights that are left in memory."""
     lowered("triton", request, monkeypatch)
     monkeypatch.setattr(scores_launch, "TOGETHER", 16)
+    monkeypatch.setattr(scores_launch, "LEFT", left)
+    monkeypatch.setattr(scores, "_kernels", {})
     for case in (Case(chain=CAP, kind="causal", heads=4, groups=2), Case(q=33, k=47, mask="shut flags")):
         hold([three(case, seed, torch.float32) for seed in range(2)], torch.float32)
 

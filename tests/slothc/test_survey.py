@@ -174,7 +174,9 @@ def test_what_was_measured_before_an_interruption_is_written(tmp_path: Path, sto
     files = tmp_path / "c.json", tmp_path / "c.html"
     (tmp_path / "run.py").write_text(INTERRUPTED.format(fake=FAKE, names=["eager-runs", "sloth-hangs", "eager-leaves"]))
     command = [sys.executable, str(tmp_path / "run.py"), "--jobs", "1", "--json", str(files[0]), "--html", str(files[1])]
+    heard = signal.signal(stop, signal.SIG_DFL)                             # a test run in the background may have been told to ignore it
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    signal.signal(stop, heard)
     assert process.stderr is not None
     for line in process.stderr:
         if "1/3 eager-runs: ok" in line:
