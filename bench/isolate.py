@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 Result = dict[str, Any]
+SHOWN = {"ms": "ms a step", "peak_gib": "GiB"}
 
 
 def child(script: str, arguments: Sequence[str], timeout: float) -> Result:
@@ -46,14 +47,15 @@ def leave(path: str, measure: Callable[[], Result]) -> None:
 
 
 def each(systems: Sequence[str], run: Callable[[str], Result]) -> dict[str, Result]:
-    """One result per system, saying on stderr what is under way and, with the log's end, what failed."""
+    """One result per system, saying on stderr what is under way, what was measured and, with the log's end, what failed."""
     results: dict[str, Result] = {}
     for system in systems:
         began = time.time()
         print(f"{system} ...", end=" ", file=sys.stderr, flush=True)
         results[system] = run(system)
         error = results[system].get("error")
-        print(f"{error or 'done'} ({time.time() - began:.0f} s)", file=sys.stderr, flush=True)
+        found = "".join(f", {results[system][key]:.1f} {unit}" for key, unit in SHOWN.items() if key in results[system])
+        print(f"{error or 'done'} ({time.time() - began:.0f} s{found})", file=sys.stderr, flush=True)
         if error and results[system].get("log"):
             print(results[system]["log"], file=sys.stderr, flush=True)
     return results

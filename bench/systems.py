@@ -21,7 +21,7 @@ os.environ.setdefault("UNSLOTH_DISABLE_AUTO_UPDATES", "1")
 
 SYSTEMS = ("eager", "dynamo-eager", "inductor", "liger", "unsloth", "sloth", "sloth-graphs")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-TARGETS_OF = {"nanochat_d32": "all-linear", "falcon_h1_1b": [*TARGETS, "in_proj"]}  # PEFT refuses a mixer's out_proj
+TARGETS_OF = {"nanochat_d32": "all-linear", "starcoder2_3b": "all-linear", "falcon_h1_1b": [*TARGETS, "in_proj"]}  # PEFT refuses a mixer's out_proj
 _LLAMA3 = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
     "rms_norm_eps": 1e-5,
@@ -97,6 +97,21 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
             "num_attention_heads": 16,
             "num_key_value_heads": 16,
             "max_position_embeddings": 2048,
+        },
+    ),
+    "starcoder2_3b": (
+        "Starcoder2Config",
+        {
+            "vocab_size": 49152,
+            "hidden_size": 3072,
+            "intermediate_size": 12288,
+            "num_hidden_layers": 30,
+            "num_attention_heads": 24,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 16384,
+            "residual_dropout": 0.0,
+            "embedding_dropout": 0.0,
+            "attention_dropout": 0.0,
         },
     ),
     "falcon_h1_1b": (  # Falcon-H1-1.5B

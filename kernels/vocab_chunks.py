@@ -29,6 +29,8 @@ from .vocab_rows import Loss, run_rows
 GPU_CHUNK_BYTES = 256 << 20
 CPU_CHUNK_BYTES = 64 << 20
 """Bytes of one chunk's logits. A product with W reads all of W, so a chunk must have rows enough to pay for that."""
+GPU_SUMMED_BYTES = 512 << 20
+"""The most where W gets a gradient, which every chunk reads and writes in fp32: then a chunk is half of W, or the above if that is more."""
 
 
 class Wants(NamedTuple):
@@ -81,19 +83,20 @@ class Operands:
         return replace(ops, low=low.to(wide), up=up.to(wide), scale=scale)
 
 
-def chunk_rows(tokens: int, vocab: int, itemsize: int, device: torch.device) -> int:
-    """How many tokens a chunk has: within the byte limit, chunks of nearly equal size."""
-    limit = CPU_CHUNK_BYTES if device.type == "cpu" else GPU_CHUNK_BYTES
+def chunk_rows(tokens: int, vocab: int, itemsize: int, device: torch.device, summed: int = 0) -> int:
+    """How many tokens a chunk has: within the byte limit, chunks of nearly equal size. ``summed``: bytes of a weight that gets a gradient."""
+    limit = CPU_CHUNK_BYTES if device.type == "cpu" else max(GPU_CHUNK_BYTES, min(GPU_SUMMED_BYTES, summed // 2))
     most = max(1, limit // max(1, vocab * itemsize))
     count = max(1, -(-tokens // most))
     rows = -(-tokens // count)
     return max(1, min(most, -(-rows // 8) * 8))
 
 
-def _chunks(ops: Operands) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+def _chunks(ops: Operands, wants: Wants) -> Iterator[tuple[int, int, Tensor, Tensor]]:
     """(start, stop, hidden states, logits) of every chunk; all logits share one buffer."""
     n, vocab = ops.hidden.shape[0], ops.weight.shape[0]
-    rows = chunk_rows(n, vocab, ops.hidden.element_size(), ops.hidden.device)
+    summed = ops.weight.numel() * ops.weight.element_size() if wants.weight else 0
+    rows = chunk_rows(n, vocab, ops.hidden.element_size(), ops.hidden.device, summed)
     buffer = ops.hidden.new_empty(min(rows, n), vocab)
     for start in range(0, n, rows):
         h = ops.hidden[start : start + rows]
@@ -111,7 +114,7 @@ def losses_and_gradients(ops: Operands, loss: Loss, wants: Wants) -> tuple[Tenso
     losses = ops.hidden.new_empty(ops.hidden.shape[0], dtype=torch.float32)
     grads = _empty_gradients(ops, wants)
     mode = "both" if any(wants) else "value"
-    for start, stop, h, z in _chunks(ops):
+    for start, stop, h, z in _chunks(ops, wants):
         run_rows(loss, mode, z, ops.rows(start, stop), losses=losses[start:stop])
         if any(wants):
             _add_chunk(grads, ops, start, stop, h, z)
@@ -120,7 +123,7 @@ def losses_and_gradients(ops: Operands, loss: Loss, wants: Wants) -> tuple[Tenso
 
 def greatest(ops: Operands, chain: Chain) -> Tensor:
     """The number of the greatest processed logit of every token, [n] int64."""
-    parts = [processed(z, chain).argmax(-1) for _, _, _, z in _chunks(ops)]
+    parts = [processed(z, chain).argmax(-1) for _, _, _, z in _chunks(ops, Wants())]
     return torch.cat(parts) if parts else ops.hidden.new_empty(0, dtype=torch.int64)
 
 
@@ -129,7 +132,7 @@ def gradients(ops: Operands, loss: Loss, upstream: Tensor, wants: Wants) -> Grad
     whole, keep, ops = ops, *_counting(ops, loss)
     upstream = upstream if keep is None else upstream[keep]
     grads = _empty_gradients(ops, wants)
-    for start, stop, h, z in _chunks(ops):
+    for start, stop, h, z in _chunks(ops, wants):
         run_rows(loss, "gradient", z, ops.rows(start, stop), upstream=upstream[start:stop])
         _add_chunk(grads, ops, start, stop, h, z)
     return _finished(grads, keep, whole)

@@ -171,6 +171,8 @@ def _learn(view: GraphView, cone: Cone, nodes: list[fx.Node], inputs: list[fx.No
         return _Known(None, (), (), _barrier(view, error, nodes), error.reason)
     except Exception as error:                                            # a fault of ours is a miss, not the user's
         return _Known(None, (), (), nodes.index(cone.sink), f"{type(error).__name__}: {error}".splitlines()[0])
+    if not lifted.leaves:
+        return _Known(None, (), (), nodes.index(cone.sink), "it reads nothing")
     named = [(p.rule, nodes.index(p.node), tuple(nodes.index(n) for n in p.nodes)) for p in parts(view, cone)]
     return _Known(made, tuple(inputs.index(leaf) for leaf in lifted.leaves), tuple(named))
 

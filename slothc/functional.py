@@ -240,15 +240,33 @@ class _Versions:
         return made
 
 
-def restore(graph: fx.Graph, made: set[fx.Node]) -> None:
-    """Writes that are still nodes of the graph go back in place, where nothing in ``made`` and nothing later reads the old value."""
+def restore(view: GraphView, made: set[fx.Node]) -> None:
+    """Writes that are still nodes of the graph go back in place, where nothing in ``made`` and nothing later reads the old value.
+
+    A call that took a region's place may stand behind a write whose old value it reads through a view.
+    """
+    graph = view.graph_module.graph
     order = {n: k for k, n in enumerate(graph.nodes)}
     for node in graph.nodes:
         target = node.meta.get(PLACE)
         if target is None or node in made:
             continue
         x = node.args[0]
-        mine = x in made or x.op not in ("call_function", "call_method") or any(u in made for u in x.users)
-        if mine or any(order[u] > order[node] for u in x.users):
+        if x in made or x.op not in ("call_function", "call_method"):
+            continue
+        if any(u in made or order[u] > order[node] for u in _readers(view, x, made)):
             continue
         node.target = target
+
+
+def _readers(view: GraphView, x: fx.Node, made: set[fx.Node]) -> set[fx.Node]:
+    """The nodes that read the memory of ``x`` as it is there, also through views of it."""
+    found: set[fx.Node] = set()
+    waiting = [x]
+    while waiting:
+        for user in waiting.pop().users:
+            if user not in found:
+                found.add(user)
+                if user.op.startswith("call") and user not in made and PLACE not in user.meta and view.op(user).kind in _VIEWS:
+                    waiting.append(user)
+    return found

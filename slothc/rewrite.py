@@ -162,8 +162,8 @@ def _job(view: GraphView, item: Region | Match | Block) -> _Job | None:
 
 
 def _block_job(view: GraphView, block: Block) -> _Job:
-    """All the block's results from what its call reads."""
-    given = list(dict.fromkeys(block.operands))
+    """All the block's results from what its call reads, and what the region reads besides: a tensor whose shape alone it takes."""
+    given = list(dict.fromkeys((*block.operands, *(leaves(block.region.cone) if block.region else ()))))
     place = [given.index(n) for n in block.operands]
     nodes = {n for r in block.results for n in _between(r, set(given))}
     call, device = block.call(), view.value(block.x).device
@@ -249,7 +249,7 @@ class _Splice:
         for node in reversed(self.graph.nodes):
             if not node.users and node not in self.effects and node.op not in ("placeholder", "output"):
                 self.graph.erase_node(node)
-        restore(self.graph, self.made)
+        restore(self.view, self.made)
         self.graph.lint()
         self.view.graph_module.recompile()
 

@@ -24,6 +24,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks for a handful of tokens."""
     monkeypatch.setattr(vocab_chunks, "CPU_CHUNK_BYTES", 16 * 257 * 4)
     monkeypatch.setattr(vocab_chunks, "GPU_CHUNK_BYTES", 16 * 257 * 4)
+    monkeypatch.setattr(vocab_chunks, "GPU_SUMMED_BYTES", 0)
 
 
 def three(seed, dtype, device, text, reduction, smoothing, **shape):
@@ -220,9 +221,16 @@ def test_nothing_of_tokens_times_vocabulary_is_allocated(reduction, dtype):
     assert 0 < seen.largest <= max(2 * vocab_chunks.CPU_CHUNK_BYTES, n * d * 4, v * d * 4) < n * v * 4 // 8
 
 
-def test_chunks_are_even_and_bounded():
+def test_chunks_are_even_and_bounded(monkeypatch):
     rows = vocab_chunks.chunk_rows(4096, 128256, 2, torch.device("cuda"))
     assert 1 <= rows <= 16 * 257 * 4
+    monkeypatch.setattr(vocab_chunks, "GPU_CHUNK_BYTES", 256 << 20)
+    monkeypatch.setattr(vocab_chunks, "GPU_SUMMED_BYTES", 512 << 20)
+    for vocab, width in ((256000, 2304), (128256, 4096), (50257, 768)):        # a weight that gets a gradient is summed less often
+        frozen = vocab_chunks.chunk_rows(8192, vocab, 2, torch.device("cuda"))
+        trained = vocab_chunks.chunk_rows(8192, vocab, 2, torch.device("cuda"), vocab * width * 2)
+        assert frozen * vocab * 2 <= 256 << 20 and trained * vocab * 2 <= max(256 << 20, min(512 << 20, vocab * width))
+        assert trained > frozen if vocab > 100000 else trained == frozen
     for tokens, vocab in ((0, 7), (1, 10**9), (5, 100), (1000, 257)):
         assert 1 <= vocab_chunks.chunk_rows(tokens, vocab, 4, torch.device("cpu"))
 

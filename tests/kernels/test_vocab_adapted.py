@@ -21,6 +21,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks of tokens, several tiles of the vocabulary."""
     monkeypatch.setattr(vocab_chunks, "CPU_CHUNK_BYTES", 16 * 257 * 4)
     monkeypatch.setattr(vocab_chunks, "GPU_CHUNK_BYTES", 16 * 257 * 4)
+    monkeypatch.setattr(vocab_chunks, "GPU_SUMMED_BYTES", 0)
     monkeypatch.setattr(vocab_matrix, "TILE", 64)
 
 

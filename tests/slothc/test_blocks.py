@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -94,6 +95,31 @@ def test_what_others_read_is_kept() -> None:
     from slothc.blocks import blocks
 
     assert shapes(blocks(view, [*found.regions, *found.matches])) == [("lora_linear", 2)]
+
+
+class Filled(torch.nn.Module):
+    """A linear of a gated product whose factor was written step by step: of ``h`` the region takes the shape alone (RecurrentGemma)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = torch.nn.functional.layer_norm(torch.sin(x) @ torch.ones(16, 16), (16,))
+        g, y = torch.zeros_like(h), torch.tanh(x @ torch.ones(16, 16))
+        g[:, 0] = y[:, 0] * 2
+        g[:, 1] = y[:, 1] + 1
+        return self.linear(torch.nn.functional.gelu(x @ torch.ones(16, 16)) * g) + h
+
+
+def test_a_block_whose_region_takes_only_the_shape_of_a_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = Filled(), torch.randn(2, 2, 16).requires_grad_()
+    with recorded(monkeypatch) as graphs, warnings.catch_warnings():
+        warnings.simplefilter("error", RegionDropped)
+        ours, eager = (torch.autograd.grad(f(x).sum(), [x, *model.parameters()]) for f in (torch.compile(model, backend="sloth"), model))
+    assert graphs[0].blocks
+    for a, b in zip(ours, eager):
+        torch.testing.assert_close(a, b)
 
 
 def test_a_block_that_fails_its_check_falls_apart(monkeypatch: pytest.MonkeyPatch) -> None:

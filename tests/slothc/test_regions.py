@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ from forms import rms_norm
 from torch import Tensor, fx
 
 from slothc.capture import captured, found_in
+from slothc.errors import RegionDropped
 from slothc.found import MOST, Found, find
 from slothc.lift_loader import LONGEST
 from slothc.options import Options
@@ -230,3 +232,18 @@ def test_a_formula_ends_where_it_grows_too_long() -> None:
     assert sum(len(r.cone.nodes) for r in regions) == 3 * LARGEST and max(len(r.cone.nodes) for r in regions) == LARGEST
     lengths = [len(r.plan.forward.program.stages) for r in found_in(pieces, [x()]).regions]
     assert len(lengths) > 1 and max(lengths) <= LONGEST
+
+
+def test_what_reads_nothing_is_no_region() -> None:
+    """A number for each sequence, made of sizes alone, that leaves the graph (X-MOD's languages)."""
+
+    def function(a: Tensor) -> Tensor:
+        numbers = 0 * torch.ones(2, device=a.device)
+        torch._dynamo.graph_break()
+        return torch.tanh(a) * 2 + numbers.sum()
+
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RegionDropped)
+        given = x()
+        torch.testing.assert_close(torch.compile(function, backend="sloth")(given), function(given))
