@@ -297,7 +297,7 @@ def test_kernel(benchmark: Any, kernel_table: list[Row], name: str, system: str)
     run = implementation(case, system)
     results, expected = (_tuple(f(*arguments)) for f in (run, case.plain))
     for result, other in zip(results, expected):
-        step = 2.0**-7 * float(other.detach().abs().max())                # of bf16 at the largest: terms may be rounded before they are summed
+        step = 2.0**-7 * float(other.detach().abs().max())                # of bf16 at the largest: terms may be rounded apart
         torch.testing.assert_close(result, other, rtol=2e-2, atol=max(step, 2e-2))
     del expected
     wrt = [x for x in arguments if x.requires_grad]

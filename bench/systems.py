@@ -21,7 +21,11 @@ os.environ.setdefault("UNSLOTH_DISABLE_AUTO_UPDATES", "1")
 
 SYSTEMS = ("eager", "dynamo-eager", "inductor", "liger", "unsloth", "sloth", "sloth-graphs")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-TARGETS_OF = {"nanochat_d32": "all-linear", "starcoder2_3b": "all-linear", "falcon_h1_1b": [*TARGETS, "in_proj"]}  # PEFT refuses a mixer's out_proj
+TARGETS_OF = {
+    "nanochat_d32": "all-linear",
+    "starcoder2_3b": "all-linear",
+    "falcon_h1_1b": [*TARGETS, "in_proj"],  # PEFT refuses a mixer's out_proj
+}
 _LLAMA3 = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
     "rms_norm_eps": 1e-5,

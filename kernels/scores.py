@@ -3,8 +3,8 @@
     out[b,h,i,:] = sum_j p_ij v[b,h//n,j,:],   p = softmax over j of (f(q_i . k_j) + mask_ij), with a sink s_h beside the scores or without
 
 f is any chain of pointwise steps (a scale, a soft-cap), its derivative comes from its formula. A sink is one more column that has no value.
-The forward keeps no score. The backward makes them for dq and again for dk and dv; of heads so wide that this costs more than memory does, it
-leaves p and dx of some heads at a time (``scores_launch.LEFT``).
+The forward keeps no score. The backward makes them for dq and again for dk and dv; of heads so wide that this costs more than memory
+does, it leaves p and dx of some heads at a time (``scores_launch.LEFT``).
 
 The backward needs delta_i = sum_j p_ij dp_ij = upstream_i . out_i, and subtracts it from numbers near to it where weights are nearly alike:
 from a result rounded to 16 bits, gradients of q and k can be farther from truth than those of the written form, which sums p dp. So the

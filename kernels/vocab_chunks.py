@@ -84,7 +84,10 @@ class Operands:
 
 
 def chunk_rows(tokens: int, vocab: int, itemsize: int, device: torch.device, summed: int = 0) -> int:
-    """How many tokens a chunk has: within the byte limit, chunks of nearly equal size. ``summed``: bytes of a weight that gets a gradient."""
+    """How many tokens a chunk has: within the byte limit, chunks of nearly equal size.
+
+    ``summed``: bytes of a weight that gets a gradient.
+    """
     limit = CPU_CHUNK_BYTES if device.type == "cpu" else max(GPU_CHUNK_BYTES, min(GPU_SUMMED_BYTES, summed // 2))
     most = max(1, limit // max(1, vocab * itemsize))
     count = max(1, -(-tokens // most))
