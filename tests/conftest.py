@@ -20,6 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")     # no pool of processes for the few tests that Inductor has a part in
 CUDA = torch.cuda.is_available()
 ASKED = os.environ.get("TRITON_INTERPRET")
 

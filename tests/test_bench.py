@@ -33,15 +33,15 @@ def module(name: str) -> Any:
 
 def test_train_compares_systems_and_reports_failures(tmp_path: Path) -> None:
     run = script("train.py", "--model", "tiny", "--layers", "1", "--device", "cpu", "--batch", "1", "--seq", "16",
-                 "--systems", "eager,sloth,unsloth", "--steps", "2", "--warmup", "2", "--out", str(tmp_path),
+                 "--systems", "eager,sloth,liger", "--steps", "2", "--warmup", "2", "--out", str(tmp_path),
                  "--name", "t")  # fmt: skip
     assert run.returncode == 0, run.stderr
     results = json.loads((tmp_path / "t.json").read_text())["results"]
     assert (tmp_path / "t.png").exists() and (tmp_path / "t.md").read_text() == run.stdout
     assert results["eager"]["losses"] == pytest.approx(results["sloth"]["losses"], abs=0.02)
     assert results["eager"]["ms"] > 0 and results["sloth"]["peak_gib"] > 0
-    assert "unsloth" in results["unsloth"]["error"]
-    assert "| unsloth | ModuleNotFoundError" in run.stdout
+    assert "liger_kernel" in results["liger"]["error"]
+    assert "| liger | ModuleNotFoundError" in run.stdout
 
 
 def test_a_system_that_takes_too_long_is_a_row(tmp_path: Path) -> None:

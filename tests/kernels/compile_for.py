@@ -1,5 +1,5 @@
 """Compiles the kernels of representative plans and those of attention for one GPU target, on a machine that needs no GPU:
-``compile_for.py cuda 90 32``.
+``compile_for.py cuda 90 32``, or with ``0/2`` behind it only every other form's plans, with ``1/2`` the others'.
 
 Prints one JSON line for each kernel: whose it is ("rows", "tiles" or "scores"), its name, whether it compiled, bytes of shared memory and
 how many it may have, and the error's text.
@@ -100,10 +100,11 @@ def built(
     return {"name": name, "ok": binary in made.asm, "shared": made.metadata.shared, "limit": limit}
 
 
-def main(backend: str, arch: str, warp: str) -> None:
+def main(backend: str, arch: str, warp: str, part: str = "0/1") -> None:
     torch.set_num_threads(1)
     target = GPUTarget(backend, int(arch) if arch.isdigit() else arch, int(warp))
-    for plan in plans():
+    mine, parts = map(int, part.split("/"))
+    for plan in (p for k, p in enumerate(plans()) if k // 2 % parts == mine):
         print(json.dumps({"of": "rows", **planned(*plan, target)}), flush=True)
     for kernel in tiles() if arch == "90" else ():                         # they need Hopper's copy engine
         print(json.dumps({"of": "tiles", **built(*kernel, target)}), flush=True)

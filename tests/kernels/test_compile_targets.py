@@ -11,15 +11,14 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).with_name("compile_for.py")
-TARGETS = [("cuda", "75", "32"), ("cuda", "80", "32"), ("cuda", "90", "32"), ("hip", "gfx942", "64")]
-
-
+# every plan for one device of each maker; between them, the older two of NVIDIA's see each once more
+TARGETS = [("cuda", "75", "32", "0/2"), ("cuda", "80", "32", "1/2"), ("cuda", "90", "32", "0/1"), ("hip", "gfx942", "64", "0/1")]
 LEAST = {"rows": 50, "scores": 7}
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("target", TARGETS, ids=lambda t: t[1])
-def test_every_kernel_compiles(target: tuple[str, str, str], tmp_path: Path) -> None:
+def test_every_kernel_compiles(target: tuple[str, str, str, str], tmp_path: Path) -> None:
     """In a process of its own: the interpreter of the other tests would take the compiler's place."""
     pytest.importorskip("triton")
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
@@ -27,6 +26,6 @@ def test_every_kernel_compiles(target: tuple[str, str, str], tmp_path: Path) -> 
     assert done.returncode == 0, done.stderr[-3000:]
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
     for of, least in LEAST.items():
-        assert len([k for k in kernels if k["of"] == of]) >= least
+        assert len([k for k in kernels if k["of"] == of]) >= (least // 2 if of == "rows" and target[3] != "0/1" else least)
     assert not [k for k in kernels if not k["ok"]]
     assert not [k for k in kernels if k["shared"] > k["limit"]]

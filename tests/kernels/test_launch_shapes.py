@@ -15,17 +15,12 @@ from slothc.kernels.vocab_rows import Loss, row_plan
 from slothc import catalogue
 
 
-def passes() -> list[tuple[str, Pass]]:
-    found = []
-    for rule in ("rms_norm", "layer_norm", "gated_mlp", "rope"):
-        _, plan = catalogue.lifted(rule)[0]
-        found += [(f"{rule} {n}", p) for n, p in (("forward", plan.forward), ("backward", plan.backward)) if p is not None]
-    return found
-
-
-@pytest.mark.parametrize("p", [pytest.param(p, id=n) for n, p in passes()])
-def test_blocks_hold_what_there_is(p: Pass) -> None:
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("rule", ["rms_norm", "layer_norm", "gated_mlp", "rope"])
+def test_blocks_hold_what_there_is(rule: str, direction: str) -> None:
     """A row with reductions lies in one program; a program has no more rows than there are, and warps for what it holds."""
+    p = getattr(catalogue.lifted(rule)[0][1], direction)
+    assert isinstance(p, Pass)
     for rows in (1, 3, 100, 8192, 1 << 20):
         for lanes in (1, 64, 128, 2048, 2304, 4096, 5120, 8192, ROW_LIMIT, 50000):
             bound: Any = SimpleNamespace(rows=rows, lanes=lanes)

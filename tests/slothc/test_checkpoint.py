@@ -37,8 +37,8 @@ CASES = [(n, lora, False) for n in ("llama", "qwen3", "gemma3_text") for lora in
 
 @pytest.mark.parametrize("name, lora, hooked", CASES, ids=str)
 def test_counts_inside_children_and_gradients(name: str, lora: bool, hooked: bool) -> None:
-    owner, inputs = checkpointed(name, lora, hooked=hooked), tm.batch()
-    plain = tm.model(name, lora=lora)
+    owner, inputs = checkpointed(name, lora, hooked=hooked, shallow=hooked), tm.batch()
+    plain = tm.model(name, lora=lora, shallow=hooked)
     with tm.watched() as expected:
         tm.step(plain, torch.compile(plain, backend="sloth"), **inputs)
     torch._dynamo.reset()
@@ -53,7 +53,7 @@ def test_counts_inside_children_and_gradients(name: str, lora: bool, hooked: boo
 @pytest.mark.parametrize("attention, adapters, hooked", [(0.0, 0.3, False), (0.2, 0.0, False), (0.2, 0.3, False), (0.2, 0.3, True)])
 def test_recomputed_masks_are_the_forwards(attention: float, adapters: float, hooked: bool) -> None:
     """A gradient is the derivative of the very loss that came back: checked by a difference along a direction."""
-    owner = checkpointed("llama", lora=True, dropout=adapters, hooked=hooked, attention_dropout=attention).double()
+    owner = checkpointed("llama", lora=True, dropout=adapters, hooked=hooked, attention_dropout=attention, shallow=hooked).double()
     inputs = tm.batch()
     compiled = torch.compile(owner, backend="sloth")
 
@@ -81,12 +81,12 @@ def test_recomputed_masks_are_the_forwards(attention: float, adapters: float, ho
     assert slope == pytest.approx((ends[0] - ends[1]) / (2 * h), abs=2e-3)  # the loss is rounded to fp32: 5e-7 / h
 
 
-@pytest.mark.parametrize("attention, adapters, hooked", [(0.0, 0.3, False), (0.2, 0.3, True)])
-def test_dropout_draws_as_a_backend_that_does_nothing(attention: float, adapters: float, hooked: bool) -> None:
+@pytest.mark.parametrize("attention, adapters", [(0.0, 0.3), (0.2, 0.3)])
+def test_dropout_draws_as_a_backend_that_does_nothing(attention: float, adapters: float) -> None:
     inputs, found = tm.batch(), []
     for backend in ("sloth", "eager"):
         torch._dynamo.reset()
-        owner = checkpointed("llama", lora=True, dropout=adapters, hooked=hooked, attention_dropout=attention, shallow=True)
+        owner = checkpointed("llama", lora=True, dropout=adapters, attention_dropout=attention, shallow=True)
         compiled = torch.compile(owner, backend=backend)
         tm.step(owner, compiled, **inputs)
         torch.manual_seed(7)

