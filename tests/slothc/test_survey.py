@@ -87,7 +87,7 @@ class Page(HTMLParser):
 
 
 def test_two_models_end_to_end(tmp_path: Path) -> None:
-    result = invoke("llama", "gpt2", "--json", str(tmp_path / "c.json"), "--html", str(tmp_path / "c.html"))
+    result = invoke("llama", "gpt2", "--jobs", "1", "--json", str(tmp_path / "c.json"), "--html", str(tmp_path / "c.html"))
     assert result.exit_code == 0, result.output
     assert "2 of 2 run and hold the contract" in result.output
 

@@ -36,7 +36,7 @@ def test_thirty_steps_follow_eager_at_rounding_level(lora: bool) -> None:
 
 
 def test_no_grad_inference_mode_and_eval() -> None:
-    owner, inputs = tm.model("llama", lora=True), tm.batch()
+    owner, inputs = tm.model("llama", lora=True, shallow=True), tm.batch()
     compiled = torch.compile(owner, backend="sloth")
     for training in (True, False):
         owner.train(training)
