@@ -297,8 +297,8 @@ def test_kernel(benchmark: Any, kernel_table: list[Row], name: str, system: str)
     run = implementation(case, system)
     results, expected = (_tuple(f(*arguments)) for f in (run, case.plain))
     for result, other in zip(results, expected):
-        step = 2.0**-7 * float(other.detach().abs().max())                # of bf16 at the largest: terms may be rounded apart
-        torch.testing.assert_close(result, other, rtol=2e-2, atol=max(step, 2e-2))
+        atol = 2e-2 if system == "sloth" else max(2e-2, 2.0**-7 * float(other.detach().abs().max()))   # peers: a bf16 step at the largest
+        torch.testing.assert_close(result, other, rtol=2e-2, atol=atol)
     del expected
     wrt = [x for x in arguments if x.requires_grad]
     upstream = [torch.randn_like(r) for r in results]

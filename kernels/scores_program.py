@@ -16,7 +16,7 @@ from slothc.gradients.vocabulary import Chain
 
 from .cache import load
 from .expression import TORCH, TRITON, render
-from .triton_source import HEADER, HELPERS
+from .triton_helpers import module
 
 LOG2E = sp.Float("1.4426950408889634074", 20)
 X = symbol("x")
@@ -52,12 +52,7 @@ def _functions(chain: str, dialect: Mapping[str, str], decorator: str) -> str:
 
 def triton_source(chain: str, tanh: str = "exact") -> str:
     """The text of a Triton module with the two functions."""
-    body = _functions(chain, DIALECTS[tanh], "@triton.jit")
-    needed: list[str] = []
-    for helper in reversed(HELPERS):                                       # a later one may call an earlier one
-        if f"{helper}(" in body + "".join(HELPERS[n] for n in needed):
-            needed.insert(0, helper)
-    return HEADER + "".join(HELPERS[n] for n in needed) + body
+    return module(_functions(chain, DIALECTS[tanh], "@triton.jit").lstrip("\n"))
 
 
 def torch_source(chain: str) -> str:

@@ -18,6 +18,7 @@ from slothc.gradients.program import Input, Output, Reduce, Stage
 
 from .binding import DTYPE
 from .expression import TRITON, render
+from .triton_helpers import DIALECT, module, tanh8
 from .triton_pieces import COMBINED, block_names, in_pieces
 
 ELEMENT = {"fp32": "tl.float32", "bf16": "tl.bfloat16", "fp16": "tl.float16", "fp64": "tl.float64", "i64": "tl.int64", "i32": "tl.int32",
@@ -28,81 +29,7 @@ LOOP_BLOCK = 4096     # lanes of a row that a loop kernel has in hand
 AHEAD = 48 << 10      # bytes of shared memory for blocks of a row on their way
 NARROW = 64.0         # of exponents: e^-64 is far from fp32's smallest number, and so is a sum of 2^31 of them
 
-HEADER = '''import triton
-import triton.language as tl
-'''
-
-# name -> text; in the order in which they may call one another
-HELPERS: dict[str, str] = {
-    "_tanh": '''
-
-@triton.jit
-def _tanh(x):
-    u = x * x
-    small = x * tl.fma(u, tl.fma(u, tl.fma(u, tl.fma(u, 62.0 / 2835.0, -17.0 / 315.0), 2.0 / 15.0), -1.0 / 3.0), 1.0)
-    e = tl.exp(-2.0 * tl.abs(x))
-    large = (1.0 - e) / (1.0 + e)
-    return tl.where(tl.abs(x) < 0.2, small, tl.where(x < 0.0, -large, large))
-''',
-    # where the result is rounded to 16 bits: relative error 4e-6 from the first terms of the series below 0.2, 2e-6 above, where a
-    # square of rsqrt stands for a division
-    "_tanh16": '''
-
-@triton.jit
-def _tanh16(x):
-    u = x * x
-    small = x * tl.fma(u, tl.fma(u, 2.0 / 15.0, -1.0 / 3.0), 1.0)
-    root = tl.rsqrt(1.0 + tl.exp2(2.8853900817779268 * x))
-    return tl.where(u < 0.04, small, 1.0 - 2.0 * root * root)
-''',
-    "_tanh8": '''
-
-@triton.jit
-def _tanh8(x):
-    return _tanh16(x)
-''',
-    "_log1p": '''
-
-@triton.jit
-def _log1p(x):
-    u = 1.0 + x
-    return tl.where(u == 1.0, x, tl.log(u) * (x / tl.where(u == 1.0, 1.0, u - 1.0)))
-''',
-    "_softplus": '''
-
-@triton.jit
-def _softplus(x):
-    return tl.where(x > 0.0, x, 0.0) + _log1p(tl.exp(-tl.abs(x)))
-''',
-    "_logsumexp": '''
-
-@triton.jit
-def _logsumexp(x, ok):
-    x = tl.where(ok, x, -float('inf'))
-    top = tl.max(x, axis=1)[:, None]
-    base = tl.where(top == -float('inf'), 0.0, top)
-    return base + tl.log(tl.sum(tl.exp(x - base), axis=1)[:, None])
-''',
-}
-
-# relative error 2^-11, a quarter of bfloat16's: one instruction from sm_75 on
-NVIDIA: dict[str, str] = {
-    "_tanh8": '''
-
-@triton.jit
-def _tanh8(x):
-    return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
-''',
-}
-
 Groups = tuple[tuple[int, ...], ...]
-
-
-class tanh8(sp.Function):
-    """tanh to eight bits."""
-
-
-DIALECT = {**TRITON, "tanh8": "_tanh8({0})"}
 
 
 def source(p: Pass, groups: Groups, loop: bool, name: str = "kernel", pieces: int = 1, nvidia: bool = False) -> str:
@@ -111,12 +38,7 @@ def source(p: Pass, groups: Groups, loop: bool, name: str = "kernel", pieces: in
     ``pieces``: blocks that hold a row of a tile kernel, 1 unless ``splits(p)``. ``nvidia``: for a device from sm_75 on alone.
     """
     body = "\n".join(_Kernel(p, groups).text(name, loop, pieces)) + "\n"
-    helpers = HELPERS | NVIDIA if nvidia else HELPERS
-    needed: list[str] = []
-    for helper in reversed(helpers):                                       # a later one may call an earlier one
-        if f"{helper}(" in body + "".join(helpers[n] for n in needed):
-            needed.insert(0, helper)
-    return HEADER + "".join(helpers[n] for n in needed) + "\n\n" + body
+    return module(body, nvidia)
 
 
 def splits(p: Pass) -> bool:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from contract import case
 from forms import Form, form, rope
-from slothc.kernels import triton_source
+from slothc.kernels import triton_helpers, triton_source
 from slothc.patterns import gated_mlp
 
 GOLDEN = Path(__file__).with_name("golden")
@@ -36,7 +36,7 @@ def test_loop_kernel() -> None:
 
 
 def agrees(name: str, text: str) -> None:
-    text = text.removeprefix(triton_source.HEADER)
+    text = text.removeprefix(triton_helpers.HEADER)
     path = GOLDEN / f"{name}.py.txt"
     if os.environ.get("SLOTH_ACCEPT") == "1":
         GOLDEN.mkdir(exist_ok=True)

@@ -81,12 +81,12 @@ def test_recomputed_masks_are_the_forwards(attention: float, adapters: float, ho
     assert slope == pytest.approx((ends[0] - ends[1]) / (2 * h), abs=2e-3)  # the loss is rounded to fp32: 5e-7 / h
 
 
-@pytest.mark.parametrize("attention, adapters", [(0.0, 0.3), (0.2, 0.3)])
-def test_dropout_draws_as_a_backend_that_does_nothing(attention: float, adapters: float) -> None:
+@pytest.mark.parametrize("attention, adapters, hooked", [(0.0, 0.3, False), (0.2, 0.3, True)])
+def test_dropout_draws_as_a_backend_that_does_nothing(attention: float, adapters: float, hooked: bool) -> None:
     inputs, found = tm.batch(), []
     for backend in ("sloth", "eager"):
         torch._dynamo.reset()
-        owner = checkpointed("llama", lora=True, dropout=adapters, attention_dropout=attention, shallow=True)
+        owner = checkpointed("llama", lora=True, dropout=adapters, hooked=hooked, attention_dropout=attention, shallow=True)
         compiled = torch.compile(owner, backend=backend)
         tm.step(owner, compiled, **inputs)
         torch.manual_seed(7)
