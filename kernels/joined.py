@@ -1,4 +1,4 @@
-"""A large matrix product with a low-rank one summed in the same fp32 accumulator: y = round(x w + alpha a b), rounded once.
+"""A large matrix product with a low-rank one summed in the same fp32 accumulator: y = round(x w + alpha a b + c), rounded once.
 
 cuBLAS on Hopper rounds x w to bf16 before it adds an accumulated matrix (``rounds_once`` probes it: an adapter's delta below half an ulp is
 lost, as in eager), so the sum is made here: a persistent kernel over output tiles, x and w tiles by the bulk tensor copy engine, and one
@@ -26,7 +26,7 @@ BLOCK_M, BLOCK_N, BLOCK_K, GROUP, STAGES = 128, 256, 64, 16, 3
 KEPT = 512                    # geometries that are remembered
 
 Pair: TypeAlias = tuple[Tensor, Tensor]
-Record: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]        # (a, b, x, w)
+Record: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]        # (a, b, x, w, c)
 _records: dict[tuple[Any, ...], Record] = {}
 
 
@@ -49,42 +49,48 @@ def rounds_once(device: torch.device, dtype: torch.dtype) -> bool:
         return bool((c.addmm_(x, w) > whole).all())
 
 
-def joined(a: Tensor, b: Tensor, alpha: float, x: Tensor, w: Tensor) -> Tensor:
-    """x w + alpha a b for x [m, k], w [k, n], a [m, r], b [r, n] of one dtype, rounded once to it (fp32 and fp64 as torch does).
+def joined(a: Tensor, b: Tensor, alpha: float, x: Tensor, w: Tensor, c: Tensor | None = None) -> Tensor:
+    """x w + alpha a b + c for x [m, k], w [k, n], a [m, r], b [r, n], c [n] or None of one dtype, rounded once to it (fp32 and fp64 as
+    torch does).
 
-    Where ``takes_wide``, a and b may be fp32 beside low-precision x and w.
+    Where ``takes_wide``, a and b may be fp32 beside low-precision x, w and c.
     """
     if not x.is_cuda:
-        return _record(a, b, alpha, x, w)(a, b, x, w)
+        return _record(a, b, alpha, x, w, c)(a, b, x, w, c)
     key = (
         x.device, alpha, x.shape, x.stride(), x.dtype, w.shape, w.stride(), w.dtype, a.shape, a.stride(), a.dtype,
-        b.shape, b.stride(), b.dtype,
+        b.shape, b.stride(), b.dtype, None if c is None else c.stride(),
     )  # fmt: skip
     record = _records.get(key)
     if record is None:
-        record = _records[key] = _record(a, b, alpha, x, w)
+        record = _records[key] = _record(a, b, alpha, x, w, c)
         if len(_records) > KEPT:
             _records.pop(next(iter(_records)))
-    return record(a, b, x, w)
+    return record(a, b, x, w, c)
 
 
-def _record(a: Tensor, b: Tensor, alpha: float, x: Tensor, w: Tensor) -> Record:
+def _record(a: Tensor, b: Tensor, alpha: float, x: Tensor, w: Tensor, c: Tensor | None) -> Record:
     """How operands of these dtypes, shapes and strides are summed."""
     if x.dtype not in LOW or rounds_once(x.device, x.dtype):
-        return lambda a, b, x, w: _onto(a, b, alpha, x, w)
-    if not fits(x, w):
-        return lambda a, b, x, w: _wide(a, b, alpha, x, w)
+        return lambda a, b, x, w, c: _onto(a, b, alpha, x, w, c)
+    if not fits(x, w) or (c is not None and c.stride(0) != 1):
+        return lambda a, b, x, w, c: _wide(a, b, alpha, x, w, c)
     (m, k), n, r = x.shape, w.shape[1], a.shape[1]
-    run = Tiles("joined", [(x, w)], a, b, [alpha, m, n, k, r], NK=lies_nk(w))
+    run = Tiles("joined", [(x, w)], a, b, [alpha, m, n, k, r], NK=lies_nk(w), BIAS=c is not None)
 
-    def record(a: Tensor, b: Tensor, x: Tensor, w: Tensor) -> Tensor:
-        y = run(((x, w),), a, b)
-        return _wide(a, b, alpha, x, w) if y is None else y
+    def record(a: Tensor, b: Tensor, x: Tensor, w: Tensor, c: Tensor | None) -> Tensor:
+        y = run(((x, w),), a, b, b if c is None else c)
+        return _wide(a, b, alpha, x, w, c) if y is None else y
 
     return record
 
 
-def _onto(a: Tensor, b: Tensor, alpha: float, x: Tensor, w: Tensor) -> Tensor:
+def _onto(a: Tensor, b: Tensor, alpha: float, x: Tensor, w: Tensor, c: Tensor | None) -> Tensor:
+    """The small term first, rounded relative to itself; beside a c in low precision it would be rounded relative to that."""
+    if c is not None and x.dtype in LOW:
+        return (torch.addmm(c.float(), x.float(), w.float()) + torch.mm(a.float(), b.float()).mul_(alpha)).to(x.dtype)
+    if c is not None:
+        return torch.addmm(c, a, b, alpha=alpha).addmm_(x, w)
     y = torch.mm(a, b) if alpha == 1 else a.new_empty(a.shape[0], b.shape[1]).addmm_(a, b, beta=0, alpha=alpha)
     return y.addmm_(x, w)
 
@@ -94,8 +100,10 @@ def takes_wide(x: Tensor, w: Tensor) -> bool:
     return x.is_cuda and x.dtype in LOW and not rounds_once(x.device, x.dtype)
 
 
-def _wide(a: Tensor, b: Tensor, alpha: float, x: Tensor, w: Tensor) -> Tensor:
+def _wide(a: Tensor, b: Tensor, alpha: float, x: Tensor, w: Tensor, c: Tensor | None) -> Tensor:
     wide = torch.mm(x, w, out_dtype=torch.float32)
+    if c is not None:
+        wide.add_(c)
     if a.dtype is torch.float32:
         return wide.addmm_(a, b, alpha=alpha).to(x.dtype)
     return torch.addmm(wide, a, b, alpha=alpha, out_dtype=torch.float32).to(x.dtype)
@@ -127,8 +135,8 @@ _broken: set[tuple[Any, ...]] = set()     # (device, kernel, dtypes of the low-r
 class Tiles:
     """A kernel of joined_kernel.py over the output tiles of sum of x w + a b, for operands of these dtypes, shapes and strides.
 
-    ``(pairs, a, b)`` gives the result; None where addresses do not suit the copy engine, or where the kernel cannot be built for the
-    device and the factors' dtypes, which is remembered.
+    ``(pairs, a, b, *more)`` gives the result, ``more`` what the kernel takes besides; None where addresses do not suit the copy engine, or
+    where the kernel cannot be built for the device and the factors' dtypes, which is remembered.
     """
 
     def __init__(
@@ -149,7 +157,7 @@ class Tiles:
         grid = (min(-(-m // BLOCK_M) * -(-n // BLOCK_N), processors),)
         self.run = Direct(_kernel(name), grid, [*numbers, *a.stride(), *b.stride()], options, x.device, descriptors)
 
-    def __call__(self, pairs: Sequence[Pair], a: Tensor, b: Tensor) -> Tensor | None:
+    def __call__(self, pairs: Sequence[Pair], a: Tensor, b: Tensor, *more: Tensor) -> Tensor | None:
         operands = [t for pair in pairs for t in pair]
         if self.kind in _broken or any(t.data_ptr() % 16 for t in operands):
             return None
@@ -157,7 +165,7 @@ class Tiles:
         if self.empty:
             return y
         try:
-            self.run((*operands, y, a, b))
+            self.run((*operands, y, a, b, *more))
         except torch.OutOfMemoryError:
             raise
         except Exception as error:

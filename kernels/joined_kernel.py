@@ -59,6 +59,12 @@ def _add_low_rank(total, a, b, alpha, row, column, M, N, R, sa_m, sa_r, sb_r, sb
 
 
 @triton.jit
+def _add_bias(total, c, column, N, BLOCK_N: tl.constexpr):
+    columns = column + tl.arange(0, BLOCK_N)
+    return total + tl.load(c + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
 def _store(y, total, row, column, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Round and store a tile, half of it in shared memory at a time."""
     one, two = tl.split(tl.permute(tl.reshape(total, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
@@ -67,10 +73,10 @@ def _store(y, total, row, column, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["alpha", "M", "N", "K", "R", "sa_m", "sa_r", "sb_r", "sb_n"])
-def joined(x, w, y, a, b, alpha, M, N, K, R, sa_m, sa_r, sb_r, sb_n,
-           NK: tl.constexpr, ONCE: tl.constexpr, RANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-           GROUP: tl.constexpr, PROGRAMS: tl.constexpr):  # fmt: skip
-    """y [M, N] = x [M, K] w + alpha a [M, R] b [R, N]; x, w, y are tensor descriptors, w is [N, K] where NK, else [K, N].
+def joined(x, w, y, a, b, c, alpha, M, N, K, R, sa_m, sa_r, sb_r, sb_n,
+           NK: tl.constexpr, BIAS: tl.constexpr, ONCE: tl.constexpr, RANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+           BLOCK_K: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr):  # fmt: skip
+    """y [M, N] = x [M, K] w + alpha a [M, R] b [R, N] + c [N] (BIAS); x, w, y are tensor descriptors, w is [N, K] where NK, else [K, N].
 
     ONCE: R is RANK at most, and the tile's factors are fetched while x w is being summed.
     """
@@ -84,6 +90,8 @@ def joined(x, w, y, a, b, alpha, M, N, K, R, sa_m, sa_r, sb_r, sb_n,
             total = _add_product(total, low, high, alpha, y.dtype)
         else:
             total = _add_low_rank(total, a, b, alpha, row, column, M, N, R, sa_m, sa_r, sb_r, sb_n, y.dtype, RANK, BLOCK_M, BLOCK_N)
+        if BIAS:
+            total = _add_bias(total, c, column, N, BLOCK_N)
         _store(y, total, row, column, BLOCK_M, BLOCK_N)
 
 

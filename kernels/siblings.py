@@ -1,6 +1,6 @@
 """Linears that read one value, and the row program that makes it, as one differentiable operation.
 
-    x, more = region(operands),      y_i = x W_i' + s_i (x A_i') B_i'     or     y_i = x W_i' + b_i
+    x, more = region(operands),      y_i = x W_i' + b_i + s_i (x A_i') B_i'     or     y_i = x W_i' + b_i
 
 x is read by these linears alone, so nobody keeps it: the backward of the region makes it again while it reads the same rows
 (``gradients.remake``), for the gradients of the A_i and W_i. Without a region, x is an operand like the others, and kept.
@@ -21,7 +21,6 @@ from torch import Tensor
 from . import rowwise_op
 from .lowrank import _rows, _without_autocast, lora_linear
 from .once import once_differentiable
-from .products import LOW, widens
 from .rowwise import launcher
 from .siblings_program import Linear, Stacked, stacked
 from .tracing import traced
@@ -67,15 +66,17 @@ class Siblings:
             yield linear, tensors[start : start + len(linear.operands)]
             start += len(linear.operands)
 
-    def code(self, like: Tensor) -> Stacked:
-        return stacked(self.linears, like.dtype in LOW and widens(like.device))
+    @cached_property
+    def code(self) -> Stacked:
+        return stacked(self.linears)
 
 
 def call(plan: Plan | None, linears: Sequence[Linear]) -> Callable[..., tuple[Tensor, ...]]:
     """A function of the region's operands, or x, and then the operands of each linear (``Linear.operands``). It returns the y of each and
     then the region's other results.
 
-    The W of an adapted linear is frozen, everything is of one dtype. Raises ValueError for a region without a backward.
+    W and b of an adapted linear are frozen. Everything is of one dtype, but for adapters in fp32. Raises ValueError for a region that has
+    no backward.
     """
     static = Siblings(plan, tuple(linears))
     if plan is not None:
@@ -104,8 +105,8 @@ def _apart(s: Siblings, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
 def _one(x: Tensor, linear: Linear, own: Sequence[Tensor]) -> Tensor:
     if not linear.rank:
         return torch.nn.functional.linear(x, *own)
-    w, a, b = own
-    return lora_linear(x, None, w, None, a, b, linear.scale)
+    w, a, b, *bias = own
+    return lora_linear(x, None, w, bias[0] if bias else None, a, b, linear.scale)
 
 
 _Forward: TypeAlias = tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor, Tensor | None, Tensor | None]
@@ -120,7 +121,7 @@ def _forward(s: Siblings, tensors: Sequence[Tensor]) -> _Forward:
         x, more, stored = written[0], tuple(written[1 : s.plan.results]), tuple(written[k] for k in s.plan.held)
     rows = _rows(x)
     with _without_autocast(x.device):
-        *ys, t, a = s.code(x).forward(rows, *tensors[s.reads :])
+        *ys, t, a = s.code.forward(rows, *tensors[s.reads :])
     shaped = (torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[1]]) for y in ys)   # no view: the model may write into it
     return (*shaped, *more), stored, rows, t, a
 
@@ -148,15 +149,14 @@ class _Siblings(torch.autograd.Function):
         saved, held = ctx.saved_tensors, len(s.kept) + ctx.stored            # read once: a checkpoint gives them out once
         kept, (t, a, *base) = saved[:held], saved[held:]
         gs = [_rows(g) for g in gradients[:count]]
-        code = s.code(gs[0])
         found: list[Tensor | None] = [None] * (s.reads + 1)
         with _without_autocast(gs[0].device):
-            dx, u = code.towards(*gs, *base, a)
+            dx, u, db = s.code.towards(*gs, *base, a, t)
             if s.plan is None:
                 x, found[1] = kept[0], dx.view(ctx.shape)
             else:
                 x = _region_backward(ctx, s, kept, [dx.view(*ctx.lead, dx.shape[1]), *gradients[count:]], found)
-            own = code.weights(*gs, x, t, u)
+            own = s.code.weights(*gs, x, u, db)
         return (*found, *(g if r else None for g, r in zip(own, reached)))
 
 

@@ -5,7 +5,9 @@ stacked:
 
     [T_1 T_2 ..] = X [A_1; A_2; ..]',      [dA_1; dA_2; ..] = [s_1 U_1 s_2 U_2 ..]' X,
 
-and the gradient of x is one sum over all of them, its low-rank terms stacked too.
+the two with a linear's gradient, s U = s G B and dB = s G' T, are made together (``thin.both``), and the gradient of x is one sum over all
+of them, its low-rank terms stacked too. Adapters may be in fp32 beside a base of a low-precision dtype: their products and gradients are
+in fp32 then.
 """
 
 from __future__ import annotations
@@ -21,15 +23,15 @@ import torch
 from slothc.gradients.matrix import Factor, MatrixPlan, Step, Term, linear_plan, lora_plan
 
 from .joined import joined
-from .products import rounded
 from .summed import summed
+from .thin import across, along, both
 
 X = "X"
 
 
 @dataclass(frozen=True)
 class Linear:
-    """One of them: scale and rank of its adapter (rank 0: it has none); without an adapter it may have a bias and may be trained."""
+    """One of them: scale and rank of its adapter (rank 0: it has none), whether it has a bias. Without an adapter it may be trained."""
 
     scale: float = 1.0
     rank: int = 0
@@ -38,8 +40,8 @@ class Linear:
 
     @property
     def operands(self) -> tuple[str, ...]:
-        """What it reads besides x: W [N, K], A [r, K], B [N, r], or W and b [N]."""
-        return ("W", "A", "B") if self.rank else ("W", "b") if self.bias else ("W",)
+        """What it reads besides x: W [N, K], with an adapter A [r, K] and B [N, r], and a bias b [N]."""
+        return ("W", *(("A", "B") if self.rank else ()), *(("b",) if self.bias else ()))
 
     @property
     def read(self) -> tuple[str, ...]:
@@ -53,14 +55,14 @@ class Linear:
 
     @property
     def plan(self) -> MatrixPlan:
-        return lora_plan("nk", False, True) if self.rank else linear_plan(self.bias)
+        return lora_plan("nk", self.bias, True) if self.rank else linear_plan(self.bias)
 
 
 @dataclass(frozen=True)
 class Stacked:
-    """``forward(X, operands of each) -> (Y of each, T, A)``, ``towards(G of each, what is read of each, A) -> (dX, U)``,
-    ``weights(G of each, X, T, U) -> gradients of the operands of each, None where none is wanted``; T, A and U are None without an
-    adapter. Matrices are of one dtype, ``source`` what is run.
+    """``forward(X, operands of each) -> (Y of each, T, A)``, ``towards(G of each, what is read of each, A, T) -> (dX, U, dB)``,
+    ``weights(G of each, X, U, dB) -> gradients of the operands of each, None where none is wanted``; T, A, U and dB (one for each adapter)
+    are None without an adapter. Matrices are of one dtype but for an adapter's, which may be fp32; ``source`` is what is run.
     """
 
     forward: Callable[..., tuple[Any, ...]]
@@ -70,12 +72,12 @@ class Stacked:
 
 
 @cache
-def stacked(linears: tuple[Linear, ...], wide: bool) -> Stacked:
-    """The program for these linears. ``wide``: an adapter's sums over tokens leave the GEMM in fp32 and are rounded after."""
-    text = _Text(linears, wide)
+def stacked(linears: tuple[Linear, ...]) -> Stacked:
+    """The program for these linears."""
+    text = _Text(linears)
     source = "\n".join([*text.forward(), *text.towards(), *text.weights()])
-    space: dict[str, Any] = {"mm": torch.mm, "addmm": torch.addmm, "cat": torch.cat, "float32": torch.float32}
-    space |= {"joined": joined, "summed": summed, "rounded": rounded}
+    space: dict[str, Any] = {"mm": torch.mm, "addmm": torch.addmm, "cat": torch.cat, "joined": joined, "summed": summed}
+    space |= {"across": across, "along": along, "both": both}
     exec(compile(source, f"<{len(linears)} linears>", "exec"), space)
     return Stacked(space["forward"], space["towards"], space["weights"], source)
 
@@ -83,11 +85,10 @@ def stacked(linears: tuple[Linear, ...], wide: bool) -> Stacked:
 class _Text:
     """The source, made from the plan of each linear, W [N, K]."""
 
-    def __init__(self, linears: Sequence[Linear], wide: bool) -> None:
-        self.linears, self.wide = dict(enumerate(linears)), wide
+    def __init__(self, linears: Sequence[Linear]) -> None:
+        self.linears = dict(enumerate(linears))
         ranks = [m.rank for m in linears]
         self.columns = [f"{end - r}:{end}" for r, end in zip(ranks, accumulate(ranks))]
-        self.aligned = all(r % 8 == 0 for r in ranks)                      # cuBLAS rounds twice into columns at odd addresses (H100)
         self.adapted = [k for k, m in self.linears.items() if m.rank]
         self.of = [_Steps(m) for m in linears]
         for steps in self.of:
@@ -97,11 +98,12 @@ class _Text:
         arguments = [X, *(f"{name}{k}" for k, m in self.linears.items() for name in m.operands)]
         lines, stacked_a = [f"def forward({', '.join(arguments)}):", "    T = A = None"], self._rows("A")
         if self.adapted:
-            lines = [lines[0], f"    A = {stacked_a}", "    T = mm(X, A.t())", f"    # {self.of[self.adapted[0]].inner}"]
+            lines = [lines[0], f"    A = {stacked_a}", "    T = across(X, A.t())", f"    # {self.of[self.adapted[0]].inner}"]
         for k, m in self.linears.items():
             *others, base = self.of[k].result.terms
             if m.rank:
-                lines.append(f"    Y{k} = joined({self._pair(others[0], k)}, {self._number(others[0], k)}, {self._pair(base, k)})")
+                factors, scale = self._pair(others[-1], k), self._number(others[-1], k)
+                lines.append(f"    Y{k} = joined({factors}, {scale}, {self._pair(base, k)}{f', b{k}' if m.bias else ''})")
             else:
                 lines.append(f"    Y{k} = {f'addmm(b{k}, ' if m.bias else 'mm('}{self._pair(base, k)})")
             lines.append(f"    # {self.of[k].result}")
@@ -112,49 +114,36 @@ class _Text:
         return found[0] if len(found) == 1 else f"cat(({', '.join(found)}))"
 
     def towards(self) -> list[str]:
-        arguments = [*(f"G{k}" for k in self.linears), *(f"{name}{k}" for k, m in self.linears.items() for name in m.read), "A"]
-        lines = [f"def towards({', '.join(arguments)}):", *(self._back() if self.adapted else ["    U = None"])]
+        arguments = [*(f"G{k}" for k in self.linears), *(f"{name}{k}" for k, m in self.linears.items() for name in m.read), "A", "T"]
+        lines = [f"def towards({', '.join(arguments)}):", *(self._back() if self.adapted else ["    U = dB = None"])]
         pairs = [self._pair(self.of[k].dx.terms[-1], k) for k in self.linears]
         if self.adapted:
             lines.append(f"    dX = summed(({', '.join(f'({p})' for p in pairs)},), U, A)")
         else:
             lines += [f"    dX = mm({pairs[0]})", *(f"    dX.addmm_({p})" for p in pairs[1:])]
         notes = dict.fromkeys(f"    # {s.dx}" for s in self.of)
-        return [*lines, *notes, "    return dX, U"]
+        return [*lines, *notes, "    return dX, U, dB"]
 
     def _back(self) -> list[str]:
-        """U = s G B of each adapter: scaled as both of its readers want it."""
-        lines = [f"    U = G{self.adapted[0]}.new_empty(G{self.adapted[0]}.shape[0], A.shape[0])"] if self.aligned else []
-        for k in self.adapted:
-            into = f"U[:, {self.columns[k]}]" if self.aligned else f"G{k}.new_empty(G{k}.shape[0], B{k}.shape[1])"
-            made = f"{into}.addmm_({self._pair(self.of[k].back.terms[0], k)}, beta=0, alpha={self.linears[k].scale!r})"
-            lines.append(f"    {made}" if self.aligned else f"    U{k} = {made}")
-        if not self.aligned:
-            lines.append(f"    U = cat(({', '.join(f'U{k}' for k in self.adapted)},), 1)")
-        return [*lines, f"    # {self.of[self.adapted[0]].back}"]
+        """U = s G B of each adapter, scaled as both of its readers want it, and dB."""
+        each = lambda name: ", ".join(f"{name}{k}" for k in self.adapted)  # noqa: E731
+        scales = ", ".join(repr(self.linears[k].scale) for k in self.adapted)
+        first = self.of[self.adapted[0]]
+        return [f"    U, dB = both(({each('G')},), ({each('B')},), T, ({scales},))", f"    # {first.back}", f"    # {first.gradients['B']}"]
 
     def weights(self) -> list[str]:
-        lines = [f"def weights({', '.join(f'G{k}' for k in self.linears)}, X, T, U):"]
+        lines = [f"def weights({', '.join(f'G{k}' for k in self.linears)}, X, U, dB):"]
         if self.adapted:
-            lines += [f"    dA = {self._sum('U.t(), X', '1')}", f"    # {self.of[self.adapted[0]].gradients['A']}"]
+            lines += ["    dA = along(U, X)", f"    # {self.of[self.adapted[0]].gradients['A']}"]
         found = []
         for k, m in self.linears.items():
+            made = {"A": f"dA[{self.columns[k]}]", "B": f"dB[{self.adapted.index(k)}]"} if m.rank else {"W": f"dW{k}", "b": f"db{k}"}
+            found += [made[name] if name in m.wanted else "None" for name in m.operands]
             steps = self.of[k].gradients
-            for name in m.operands:
-                found.append(f"d{name}{k}" if name in m.wanted and name != "A" else f"dA[{self.columns[k]}]" if name == "A" else "None")
-            if m.rank:
-                db = steps["B"]
-                lines += [f"    dB{k} = {self._sum(self._pair(db.terms[0], k), self._number(db.terms[0], k))}", f"    # {db}"]
-            elif m.trained:
+            if m.trained:
                 lines += [f"    dW{k} = mm({self._pair(steps['W'].terms[0], k)})", f"    # {steps['W']}"]
                 lines += [f"    db{k} = G{k}.sum(0)", f"    # {steps['b']}"] if m.bias else []
         return [*lines, f"    return {', '.join(found)},"]
-
-    def _sum(self, pair: str, scale: str) -> str:
-        """A product that sums over tokens."""
-        if self.wide:
-            return f"rounded(mm({pair}, out_dtype=float32), {scale}, X.dtype)"
-        return f"mm({pair})" if scale in ("1", "1.0") else f"mm({pair}).mul_({scale})"
 
     def _pair(self, term: Term, k: int) -> str:
         assert term.right is not None
@@ -187,14 +176,16 @@ class _Steps:
     def known(self) -> None:
         """Raises ValueError where the plan has another form than what is written out here."""
         g, x, w = Factor("G"), Factor(X), Factor("W")
+        ones = [(Factor("1"), Factor("b", True))] if self.linear.bias else []
         if self.linear.rank:
-            t, u, s, da = Factor("T"), Factor("U"), sp.Symbol("s", real=True), self.gradients["A"]
+            t, u, s, da, db = Factor("T"), Factor("U"), sp.Symbol("s", real=True), self.gradients["A"], self.gradients["B"]
             fits = self.inner.terms[0].factors == (x, Factor("A", True)) and da.terms[0].factors == (u.t, x)
-            fits &= [f.left for f in self.result.terms] == [t, x] and [f.left for f in self.dx.terms] == [u, g]
-            fits &= self.dx.terms[0].coefficient == da.terms[0].coefficient == s and self.dx.terms[0].right == Factor("A")
+            fits &= [f.factors for f in self.result.terms] == [*ones, (t, Factor("B", True)), (x, w.t)]
+            fits &= [f.left for f in self.dx.terms] == [u, g] and self.dx.terms[0].right == Factor("A")
+            fits &= self.back.terms[0].factors == (g, Factor("B")) and db.terms[0].factors == (g.t, t)
+            fits &= self.dx.terms[0].coefficient == da.terms[0].coefficient == db.terms[0].coefficient == s
             fits &= len(self.linear.plan.saved) == 1
         else:
-            ones = [(Factor("1"), Factor("b", True))] if self.linear.bias else []
             fits = [f.factors for f in self.result.terms] == [*ones, (x, w.t)] and [f.factors for f in self.dx.terms] == [(g, w)]
             fits &= self.gradients["W"].terms[0].factors == (g.t, x)
             fits &= not ones or self.gradients["b"].terms[0].factors == (g.t, Factor("1"))

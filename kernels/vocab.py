@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .binding import DTYPE
 from .once import once_differentiable
+from .packed import Packed, packs
 from .tracing import traced
 from .vocab_chain import Adapter, no_autocast
 from .vocab_chunks import Gradients, Operands, Wants, gradients, greatest, losses_and_gradients
@@ -140,12 +141,14 @@ def _operands(given: Given, labels: Tensor | None, scale: float, loss: Loss) -> 
     return Operands.of(hidden, weight, bias, labels, loss.compute, _adapter(low, up, scale))
 
 
-def _forward(given: Given, labels: Tensor | None, scale: float, loss: Loss, wants: Wants) -> tuple[Tensor, Tensor, Gradients]:
+def _forward(
+    given: Given, labels: Tensor | None, scale: float, loss: Loss, wants: Wants, pack: bool = False
+) -> tuple[Tensor, Tensor, Gradients]:
     """The reduced loss, what multiplies the gradients besides the upstream one ([] or [n], fp32), and the gradients."""
     bad = _labels_out_of_range(labels, given[1].shape[0], loss.ignore_index)
     now = wants if _in_forward(loss, wants) else Wants()
     with no_autocast(given[0].device):
-        losses, grads = losses_and_gradients(_operands(given, labels, scale, loss), loss, now)
+        losses, grads = losses_and_gradients(_operands(given, labels, scale, loss), loss, now, pack)
     value, factor = _reduced(losses, labels, bad, loss)
     return value.to(loss.dtype), factor, grads
 
@@ -186,7 +189,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         *operands, labels, scale, loss = inputs
         given: Given = tuple(operands)  # type: ignore[assignment]
         ctx.loss, ctx.scale, ctx.wants = loss, scale, Wants(*ctx.needs_input_grad[:5])
-        value, factor, grads = _forward(given, labels, scale, loss, ctx.wants)
+        value, factor, grads = _forward(given, labels, scale, loss, ctx.wants, packs(given[0]))
         ctx.dtypes = _dtypes(given)
         ctx.save_for_backward(factor, *(grads if _in_forward(loss, ctx.wants) else (*given, labels)))
         return value
@@ -209,9 +212,13 @@ def _dtypes(given: Given) -> tuple[torch.dtype | None, ...]:
 
 
 def _scaled(saved: Sequence[Tensor | None], by: Tensor, dtypes: Sequence[torch.dtype | None]) -> tuple[Tensor | None, ...]:
-    """Each gradient times ``by`` ([] or one number for each row), rounded once to its operand's dtype."""
+    """Each gradient (of ``Gradients``) times ``by`` ([] or one number for each row), rounded once to its operand's dtype."""
+    hidden, *others, rest = saved
+    if hidden is not None and rest is not None:
+        first: Tensor | None = Packed(hidden, rest).scaled(by.contiguous(), dtypes[0] or torch.float32)
+        return (first, *_scaled((None, *others, None), by, dtypes)[1:])
     by = by.unsqueeze(-1) if by.dim() else by
-    return tuple(None if g is None else torch.mul(g, by, out=torch.empty_like(g, dtype=d)) for g, d in zip(saved, dtypes))
+    return tuple(None if g is None else torch.mul(g, by, out=torch.empty_like(g, dtype=d)) for g, d in zip((hidden, *others), dtypes))
 
 
 def _remade(upstream: Tensor, factor: Tensor, given: Any, labels: Tensor | None, scale: float, loss: Loss, wants: Wants) -> Gradients:
@@ -224,7 +231,7 @@ Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def _filled(grads: Gradients, like: Tensor) -> Five:
-    return tuple(like.new_empty(0, dtype=torch.float32) if g is None else g for g in grads)  # type: ignore[return-value]
+    return tuple(like.new_empty(0, dtype=torch.float32) if g is None else g for g in grads[:5])  # type: ignore[return-value]
 
 
 def _fake_gradients(given: Given, wants: Wants) -> Five:

@@ -5,7 +5,7 @@ program, written over Z):
 
     dH = dZ W,    dW = sum over chunks of dZ^T H,    db = sum of dZ over tokens,
 
-all three in fp32. An adapted head has Z = H W^T + b + s L U^T, with L [m, r] and U [V, r]:
+all three in fp32 (dH in three bytes of it where ``packed`` can). An adapted head has Z = H W^T + b + s L U^T, with L [m, r] and U [V, r]:
 
     dL = s dZ U,    dU = s dZ^T L.
 
@@ -22,6 +22,7 @@ import torch
 from slothc.gradients.vocabulary import Chain
 from torch import Tensor
 
+from .packed import Packed
 from .vocab_chain import Adapter, processed
 from .vocab_matrix import adapted_into, linear_into, product_into
 from .vocab_rows import Loss, run_rows
@@ -29,6 +30,8 @@ from .vocab_rows import Loss, run_rows
 GPU_CHUNK_BYTES = 256 << 20
 CPU_CHUNK_BYTES = 64 << 20
 """Bytes of one chunk's logits. A product with W reads all of W, so a chunk must have rows enough to pay for that."""
+TILE = 64
+"""Tokens of the smallest tile of a product: 196 of them cost as many tiles as 256 (cuBLAS on Hopper)."""
 GPU_SUMMED_BYTES = 512 << 20
 """The most where W gets a gradient, which every chunk reads and writes in fp32: then a chunk is half of W, or the above if that is more."""
 
@@ -44,13 +47,14 @@ class Wants(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """fp32 gradients of the operands, None where not asked for, before they are scaled."""
+    """fp32 gradients of the operands, None where not asked for, before they are scaled. With ``rest``, hidden and rest are a ``Packed``."""
 
     hidden: Tensor | None = None
     weight: Tensor | None = None
     bias: Tensor | None = None
     low: Tensor | None = None
     up: Tensor | None = None
+    rest: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -84,15 +88,17 @@ class Operands:
 
 
 def chunk_rows(tokens: int, vocab: int, itemsize: int, device: torch.device, summed: int = 0) -> int:
-    """How many tokens a chunk has: within the byte limit, chunks of nearly equal size.
+    """How many tokens a chunk has: within the byte limit, chunks of nearly equal size, in whole tiles of a product where they hold some.
 
     ``summed``: bytes of a weight that gets a gradient.
     """
     limit = CPU_CHUNK_BYTES if device.type == "cpu" else max(GPU_CHUNK_BYTES, min(GPU_SUMMED_BYTES, summed // 2))
     most = max(1, limit // max(1, vocab * itemsize))
+    tile = TILE if most >= TILE else 8
+    most = most // tile * tile or most
     count = max(1, -(-tokens // most))
     rows = -(-tokens // count)
-    return max(1, min(most, -(-rows // 8) * 8))
+    return max(1, min(most, -(-rows // tile) * tile))
 
 
 def _chunks(ops: Operands, wants: Wants) -> Iterator[tuple[int, int, Tensor, Tensor]]:
@@ -111,11 +117,14 @@ def _chunks(ops: Operands, wants: Wants) -> Iterator[tuple[int, int, Tensor, Ten
         yield start, start + h.shape[0], h, z
 
 
-def losses_and_gradients(ops: Operands, loss: Loss, wants: Wants) -> tuple[Tensor, Gradients]:
-    """The loss of every token [n] in fp32, and those gradients of their sum (hidden, weight, bias) that are wanted."""
+def losses_and_gradients(ops: Operands, loss: Loss, wants: Wants, pack: bool = False) -> tuple[Tensor, Gradients]:
+    """The loss of every token [n] in fp32, and those gradients of their sum (hidden, weight, bias) that are wanted.
+
+    ``pack``: hidden's as a ``Packed`` (not on a CPU).
+    """
     whole, keep, ops = ops, *_counting(ops, loss)
     losses = ops.hidden.new_empty(ops.hidden.shape[0], dtype=torch.float32)
-    grads = _empty_gradients(ops, wants)
+    grads = _empty_gradients(ops, wants, pack and wants.hidden)
     mode = "both" if any(wants) else "value"
     for start, stop, h, z in _chunks(ops, wants):
         run_rows(loss, mode, z, ops.rows(start, stop), losses=losses[start:stop])
@@ -169,15 +178,23 @@ def _finished(grads: Gradients, keep: Tensor | None, whole: Operands) -> Gradien
     return grads._replace(hidden=hidden, low=low)
 
 
-def _empty_gradients(ops: Operands, wants: Wants) -> Gradients:
+def _empty_gradients(ops: Operands, wants: Wants, pack: bool = False) -> Gradients:
     make = torch.zeros if ops.hidden.shape[0] == 0 else torch.empty
     like = (ops.hidden, ops.weight, ops.weight[:, 0], ops.low, ops.up)
-    tensors = [make(t.shape, dtype=torch.float32, device=t.device) if w and t is not None else None for t, w in zip(like, wants)]
-    return Gradients(*tensors)
+    asked = (not pack, *wants[1:]) if wants.hidden else wants
+    tensors = [make(t.shape, dtype=torch.float32, device=t.device) if w and t is not None else None for t, w in zip(like, asked)]
+    if not pack:
+        return Gradients(*tensors)
+    hidden = Packed.empty(ops.hidden.shape, ops.hidden.device)
+    return Gradients(hidden.high, *tensors[1:], hidden.low)
 
 
 def _add_chunk(grads: Gradients, ops: Operands, start: int, stop: int, h: Tensor, dz: Tensor) -> None:
-    if grads.hidden is not None:
+    if grads.hidden is not None and grads.rest is not None:
+        part = torch.empty(h.shape, dtype=torch.float32, device=h.device)
+        product_into(part, dz, ops.weight, add=False)
+        Packed(grads.hidden, grads.rest).put(start, part)
+    elif grads.hidden is not None:
         product_into(grads.hidden[start:stop], dz, ops.weight, add=False)
     if grads.weight is not None:
         product_into(grads.weight, dz.t(), h, add=start > 0)

@@ -1,7 +1,7 @@
 """Linears that read one value, and the region that makes it: one operation (``kernels.siblings``).
 
-What several adapted linears read meets a stacked product once, their gradients of it are summed in one accumulator, and where only linears
-read it, it is not kept for the backward but made again by the region's own.
+What adapted linears read meets a stacked product once, each of their gradients is read once for its adapter, the gradients of what they
+read are summed in one accumulator, and where only linears read it, it is not kept for the backward but made again by the region's own.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import fx
 
 from slothc.gradients.remake import remaking
 from slothc.kernels import siblings
+from slothc.kernels.joined import LOW, takes_wide
 from slothc.kernels.products import native
 from slothc.kernels.siblings_program import Linear
 from slothc.patterns.lora_linear import NAME
@@ -98,16 +99,17 @@ def blocks(view: GraphView, items: Sequence[Region | Match]) -> list[Block]:
             continue
         for given in dict.fromkeys(r.x for r in those):
             adapted = Block(None, tuple(r for r in those if r.match and r.x is given), given)
-            found += [adapted] if len(adapted.readers) > 1 and _known(view, adapted, order) else []
+            found += [adapted] if adapted.readers and _known(view, adapted, order) else []
     return found
 
 
 def _adapted(view: GraphView, items: Sequence[Region | Match]) -> Iterator[Reader]:
     for item in items:
         if isinstance(item, Match) and _stacks(view, item):
-            w, a, b = (item.inputs[k] for k in ("weight", "a", "b"))
-            linear = Linear(item.inputs["scale"], int(view.value(a).shape[0]))
-            yield Reader(item.inputs["x"], item.node, item.nodes, (w, a, b), linear, item)
+            w, a, b, bias = (item.inputs[k] for k in ("weight", "a", "b", "bias"))
+            own = (w, a, b) if bias is None else (w, a, b, bias)
+            linear = Linear(item.inputs["scale"], int(view.value(a).shape[0]), bias=bias is not None)
+            yield Reader(item.inputs["x"], item.node, item.nodes, own, linear, item)
 
 
 def _plain(view: GraphView, items: Sequence[Region | Match]) -> Iterator[Reader]:
@@ -140,16 +142,21 @@ def _remade(region: Region) -> bool:
 
 
 def _stacks(view: GraphView, match: Match) -> bool:
-    """A frozen base without bias and a trained adapter that reads what the base reads, all of one dtype that the device multiplies."""
+    """A frozen base and a trained adapter that reads what the base reads, of one dtype that the device multiplies; the adapter may be in
+    fp32, and the base have a bias, where base and adapter are summed in one accumulator.
+    """
     if match.rule != NAME or match.attrs["layout"] != "nk" or not isinstance(match.inputs["scale"], int | float):
         return False
-    if match.inputs["more"] or any(match.inputs[k] is not None for k in ("xa", "bias", "c", "factor")):
+    if match.inputs["more"] or any(match.inputs[k] is not None for k in ("xa", "c", "factor")):
         return False
-    x, weight, a, b = (match.inputs[k] for k in ("x", "weight", "a", "b"))
-    dtype = view.value(x).dtype
+    x, weight, a, b, bias = (match.inputs[k] for k in ("x", "weight", "a", "b", "bias"))
+    base = (x, weight, match.node) if bias is None else (x, weight, bias, match.node)
+    dtype, adapter = view.value(x).dtype, view.value(a).dtype
+    sums = dtype not in LOW or takes_wide(view.value(x), view.value(weight))
     return (
-        _native(view, (x, weight, a, b, match.node)) and {match.attrs["adapter_dtype"], match.attrs["out_dtype"]} <= {dtype, None}
-        and view.needs_grad(a) and view.needs_grad(b) and not view.needs_grad(weight)
+        _native(view, base) and _native(view, (a, b, b)) and (adapter is dtype or (adapter is torch.float32 and sums))
+        and match.attrs["adapter_dtype"] in (adapter, None) and match.attrs["out_dtype"] in (dtype, None) and (bias is None or sums)
+        and view.needs_grad(a) and view.needs_grad(b) and not any(map(view.needs_grad, (weight, *(() if bias is None else (bias,)))))
         and view.value(match.node).shape[:-1] == view.value(x).shape[:-1]
     )  # fmt: skip
 

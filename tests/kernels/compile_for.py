@@ -1,8 +1,8 @@
 """Compiles the kernels of representative plans and those of attention for one GPU target, on a machine that needs no GPU:
 ``compile_for.py cuda 90 32``, or with ``0/2`` behind it only every other form's plans, with ``1/2`` the others'.
 
-Prints one JSON line for each kernel: whose it is ("rows", "tiles" or "scores"), its name, whether it compiled, bytes of shared memory and
-how many it may have, and the error's text.
+Prints one JSON line for each kernel: whose it is ("rows", "tiles", "thin" or "scores"), its name, whether it compiled, bytes of shared
+memory and how many it may have, and the error's text.
 """
 
 # ruff: noqa: E402
@@ -23,7 +23,7 @@ from compile_scores import kernels
 from contract import case
 from forms import FORMS
 from slothc.gradients.plan import Pass
-from slothc.kernels import cache, joined, joined_kernel, triton_pieces, triton_source
+from slothc.kernels import cache, joined, joined_kernel, thin, thin_kernel, triton_pieces, triton_source
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -70,19 +70,37 @@ def planned(name: str, p: Pass, groups: triton_source.Groups, loop: bool, pieces
 
 
 def tiles() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any], int]]:
-    """joined and summed: both layouts of a weight, both dtypes of the low-rank factors, few and many columns of them."""
+    """joined and summed: both layouts of a weight, both dtypes of the low-rank factors, few and many columns of them, a bias and none."""
     blocks = {"BLOCK_M": joined.BLOCK_M, "BLOCK_N": joined.BLOCK_N, "BLOCK_K": joined.BLOCK_K, "GROUP": joined.GROUP, "PROGRAMS": 132}
     m, n, k = joined.BLOCK_M, joined.BLOCK_N, joined.BLOCK_K
     one, many = joined_kernel.joined, joined_kernel.summed
     cases = ((one, True, "bf16", 16), (one, False, "fp32", joined.CHUNK), (many, False, "bf16", 32), (many, False, "fp32", joined.CHUNK))
     for kernel, nk, factors, rank in cases:
-        values = {**blocks, "RANK": rank, "ONCE": rank <= joined.FETCHED, **({"NK": nk} if "NK" in kernel.arg_names else {})}
+        values = {**blocks, "RANK": rank, "ONCE": rank <= joined.FETCHED, **({"NK": nk, "BIAS": nk} if "NK" in kernel.arg_names else {})}
         shapes = {"x": (m, k), "w": (n, k) if nk else (k, n), "y": (m, n // 2)}
-        types = dict.fromkeys(kernel.arg_names, "i32") | {"a": POINTER[factors], "b": POINTER[factors], "alpha": "fp32"}
+        types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys("ab", POINTER[factors]) | {"c": POINTER["bf16"], "alpha": "fp32"}
         types |= {a: f"tensordesc<bf16{list(shapes[a[0]])}>" for a in kernel.arg_names if a.rstrip("012") in shapes}
         types = {a: "constexpr" if a in values else types[a] for a in kernel.arg_names}
         name = f"{kernel.__name__} {'nk' if nk else 'kn'} {factors} {rank}"
         yield name, kernel, types, values, {"num_warps": 8, "num_stages": joined.STAGES}, HOPPER
+
+
+def thin_products(backend: str) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any], int]]:
+    """thin: both products of three gradients, and one of each, with factors in both dtypes; and the sum of their parts."""
+    for factors in ("bf16", "fp32"):
+        for count, across, down, rank in ((3, True, True, 16), (1, True, False, thin.WIDEST), (1, False, True, thin.WIDEST)):
+            block_m = thin.BLOCK_M if rank < thin.WIDEST else thin.BLOCK_M // 2
+            values = {"COUNT": count, "ACROSS": across, "DOWN": down, "RANK": rank, "BLOCK_M": block_m, "BLOCK_N": thin.BLOCK_N}
+            values |= {"STAGES": thin.STAGES if backend == "cuda" else 1, "sd_r" if across else "sd_n": 1}
+            types = dict.fromkeys(thin_kernel.thin.arg_names, "i32") | {"u": "*fp32", "d": "*fp32", "t": POINTER[factors]}
+            types |= {f"{a}{k}": POINTER[factors if a == "b" else "bf16"] for a in "gb" for k in range(3)}
+            types |= dict.fromkeys(values, "constexpr")
+            name = f"thin of {count} {factors}{' across' * across}{' down' * down}"
+            yield name, thin_kernel.thin, types, values, {"num_warps": thin.WARPS}, HOPPER if backend == "cuda" else 64 * 1024
+        values = {"COUNT": 3, "TURNED": False, "BLOCK": thin.BLOCK, "PARTS": thin.PARTS}
+        types = dict.fromkeys(thin_kernel.add.arg_names, "i32") | {"u": "*fp32", "d": "*fp32"} | dict.fromkeys(("s0", "s1", "s2"), "fp32")
+        types |= dict.fromkeys(("across", "down"), POINTER[factors]) | dict.fromkeys(values, "constexpr")
+        yield f"add {factors}", thin_kernel.add, types, values, {"num_warps": 4}, SMALL
 
 
 def built(
@@ -90,7 +108,9 @@ def built(
 ) -> dict[str, Any]:
     """``limit``: bytes of shared memory that it may take."""
     constants = {(k,): values[n] for k, n in enumerate(kernel.arg_names) if n in values}
-    aligned = {(k,): [["tt.divisibility", 16]] for k, n in enumerate(kernel.arg_names) if types[n].startswith("*") or n.startswith("s")}
+    even = {n for n in types if types[n].startswith("*") or n.startswith("s")}
+    even |= {"N0", "N1", "N2", "CHUNK", "R"} if kernel is thin_kernel.thin else set()
+    aligned = {(k,): [["tt.divisibility", 16]] for k, n in enumerate(kernel.arg_names) if n in even and n not in values}
     try:
         source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
         made = triton.compile(source, target=target, options=options)
@@ -108,6 +128,8 @@ def main(backend: str, arch: str, warp: str, part: str = "0/1") -> None:
         print(json.dumps({"of": "rows", **planned(*plan, target)}), flush=True)
     for kernel in tiles() if arch == "90" else ():                         # they need Hopper's copy engine
         print(json.dumps({"of": "tiles", **built(*kernel, target)}), flush=True)
+    for kernel in thin_products(backend) if arch not in ("75", "80") else ():   # Turing's take the library, Ampere's are as Hopper's
+        print(json.dumps({"of": "thin", **built(*kernel, target)}), flush=True)
     for kernel in kernels(arch):
         print(json.dumps({"of": "scores", **built(*kernel, target)}), flush=True)
 

@@ -81,11 +81,15 @@ def test_contract(name: str, count: int, dtype: torch.dtype, rows: tuple[int, ..
     errors.over(lambda: compare(errors, lambda a, g: run(ours, a, g).values, eager, arguments()))
 
 
-MIXED = (Linear(0.5, 4), Linear(), Linear(trained=True), Linear(trained=True, bias=True), Linear(2.0, 8), Linear(bias=True))
+MIXED = (
+    Linear(0.5, 4), Linear(), Linear(trained=True), Linear(trained=True, bias=True), Linear(2.0, 8), Linear(bias=True),
+    Linear(0.25, 4, bias=True),
+)  # fmt: skip
+PARTS = (slice(2, 4), slice(3, 4), slice(1, 3), slice(0, 2), slice(6, None))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("linears", [MIXED, MIXED[2:4], MIXED[3:4], MIXED[1:3], MIXED[:2]], ids=lambda m: f"{len(m)} {m[0].rank}")
+@pytest.mark.parametrize("linears", [MIXED, *(MIXED[k] for k in PARTS)], ids=lambda m: f"{len(m)} {m[0].rank}")
 @pytest.mark.parametrize("name", ["given", "gated", "norm of a sum that goes on"])
 def test_plain_linears_beside_adapted_ones(name: str, linears: tuple[Linear, ...], dtype: torch.dtype) -> None:
     """Trained or frozen, with a bias or without one."""
@@ -103,8 +107,8 @@ def test_plain_linears_beside_adapted_ones(name: str, linears: tuple[Linear, ...
         own, results = iter(held(tensors[operands:])), []
         for m in linears:
             if m.rank:
-                w, a, b = next(own), next(own), next(own)
-                results.append(F.linear(x, w) + m.scale * F.linear(F.linear(x, a), b))
+                w, a, b, *bias = (next(own) for _ in m.operands)
+                results.append(F.linear(x, w, *bias) + m.scale * F.linear(F.linear(x, a), b))
             else:
                 results.append(F.linear(x, *(next(own) for _ in m.operands)))
         return (*results, *more)
@@ -118,8 +122,37 @@ def test_plain_linears_beside_adapted_ones(name: str, linears: tuple[Linear, ...
     errors.over(lambda: compare(errors, lambda a, g: run(ours, a, g).values, whole, made()))
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a product of low precision that leaves its sums in fp32")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["given", "gated", "norm of a sum that goes on"])
+def test_adapters_in_fp32(name: str, dtype: torch.dtype) -> None:
+    """Results and the gradient of x are rounded once, the adapters' gradients have fp32's accuracy."""
+    region, operands, _ = forms(3)[name]
+    plan = region_of(region, cast(draw(operands, 0), dtype, DEVICE), dtype).plan if region else None
+    call, errors = siblings.call(plan, [Linear(s, 8) for s in SCALES[:3]]), Errors()
+    ours = frozen(call, operands)
+
+    def whole(*t: Tensor) -> tuple[Tensor, ...]:
+        made = region(*t[:operands]) if region else t[0]
+        x, *more = made if isinstance(made, tuple) else (made,)
+        each = zip(t[operands::3], t[operands + 1 :: 3], t[operands + 2 :: 3], SCALES)
+        sums = (F.linear(x, w) + s * F.linear(F.linear(x.to(a.dtype), a), b) for w, a, b, s in each)
+        return (*(y.to(x.dtype) for y in sums), *more)
+
+    def made() -> list[Tensor]:
+        rows = cast([torch.randn(2, 150, 1024, dtype=torch.float64) for _ in range(operands)], dtype, DEVICE)
+        for n in (512, 64, 512):
+            w, a, b = (torch.randn(s, dtype=torch.float64) / 32 for s in ((n, 1024), (8, 1024), (n, 8)))
+            rows += [*cast([w], dtype, DEVICE), *cast([a, b], torch.float32, DEVICE)]
+        return rows
+
+    eager = frozen(whole, operands)
+    errors.over(lambda: compare(errors, lambda a, g: run(ours, a, g).values, eager, made()))
+
+
 def test_what_no_gradient_reaches_gets_none() -> None:
     """As in eager, where an optimizer then leaves the weight alone."""
+    torch.manual_seed(0)
     plan = region_of(gated, draw(2, 0), torch.float32).plan
     gate, up, a, b = (torch.randn(*n, 32).requires_grad_() for n in ((2, 5), (2, 5), (24,), (16,)))
     first, _ = siblings.call(plan, [Linear(trained=True)] * 2)(gate, up, a, b)
@@ -155,7 +188,7 @@ def test_a_region_without_a_backward_is_refused() -> None:
 
 def test_the_program_is_the_derived_plan() -> None:
     """Every line that multiplies stands over the equation it comes from."""
-    text = stacked((*adapted(2), Linear(trained=True, bias=True)), False).source
+    text = stacked((*adapted(2), Linear(trained=True, bias=True))).source
     for equation in ("Y = 1 b' + X W'", "dX = G W", "dW = G' X", "db = G' 1",
                      "T = X A'", "Y = s T B' + X W'", "U = G B", "dX = s U A + G W", "dA = s U' X", "dB = s G' T"):
         assert f"# {equation}" in text
@@ -189,6 +222,23 @@ def test_the_kernel_sums_over_all_pairs(count: int, monkeypatch: pytest.MonkeyPa
     error = float((summed.summed(pairs, a, b).double() - truth).norm() / truth.norm())
     once = float((truth.half().double() - truth).norm() / truth.norm())
     assert error < (1.05 * once if count < 4 else 2.5 * once)
+    assert not joined._broken
+
+
+@pytest.mark.usefixtures("triton_kernels")
+def test_a_bias_in_the_same_accumulator(monkeypatch: pytest.MonkeyPatch) -> None:
+    if DEVICE == "cpu":
+        monkeypatch.setattr(joined, "_hopper", lambda device: True)
+        monkeypatch.setattr(joined, "_processors", lambda device: 2)
+        monkeypatch.setattr(joined, "rounds_once", lambda device, dtype: False)
+        monkeypatch.setattr(Tensor, "is_cuda", True)
+    elif not joined._hopper(torch.device(DEVICE)):
+        pytest.skip("no bulk tensor copies")
+    made = torch.Generator().manual_seed(0)
+    x, w, a, b, c = (torch.randn(s, generator=made).to(DEVICE, torch.float16) for s in ((136, 72), (72, 264), (136, 8), (8, 264), (264,)))
+    truth = x.double() @ w.double() + 0.5 * a.double() @ b.double() + 8 * c.double()
+    error = float((joined.joined(a, b, 0.5, x, w, 8 * c).double() - truth).norm() / truth.norm())
+    assert error < 1.05 * float((truth.half().double() - truth).norm() / truth.norm())
     assert not joined._broken
 
 

@@ -51,6 +51,15 @@ def test_contract(device, dtype, name, reduction):
     assert_contract(draws, dtype)
 
 
+@pytest.mark.usefixtures("triton_kernels")
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_the_gradient_of_hidden_states_kept_in_three_bytes(reduction, monkeypatch):
+    monkeypatch.setattr("slothc.kernels.vocab.packs", lambda t: True)
+    dtype = torch.float16 if DEVICES == ["cpu"] else torch.bfloat16
+    text = f"{NAMES[dtype]}; cast fp32"
+    assert_contract([three(s, dtype, "cpu" if DEVICES == ["cpu"] else "cuda", text, reduction, 0.0) for s in range(DRAWS)], dtype)
+
+
 @pytest.mark.parametrize("shape", [{"n": 1, "bias": False}, {"v": 1}, {"v": 131}, {"n": 16}, {"n": 17}, {"bias": False}, {"d": 1}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_seams(shape, dtype):
