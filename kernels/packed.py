@@ -1,7 +1,7 @@
 """fp32 matrices in three bytes an element: sums that are rounded to a low precision later, after a factor that nobody knows yet.
 
-Of the 24 bits of the significand 16 are kept, so that a value is off by 2^-16 of itself at most. bf16 rounds by up to 2^-9 and fp16 by up to
-2^-12, so that the result is off by 1.01 and 1.07 of one rounding at most, where rounding twice would double it.
+Of the 24 bits of the significand 16 are kept, so that a value is off by 2^-16 of itself at most. bf16 rounds by up to 2^-9 and fp16 by up
+to 2^-12, so that the result is off by 1.01 and 1.07 of one rounding at most, where rounding twice would double it.
 """
 
 from __future__ import annotations

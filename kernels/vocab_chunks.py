@@ -120,7 +120,7 @@ def _chunks(ops: Operands, wants: Wants) -> Iterator[tuple[int, int, Tensor, Ten
 def losses_and_gradients(ops: Operands, loss: Loss, wants: Wants, pack: bool = False) -> tuple[Tensor, Gradients]:
     """The loss of every token [n] in fp32, and those gradients of their sum (hidden, weight, bias) that are wanted.
 
-    ``pack``: hidden's as a ``Packed`` (not on a CPU).
+    ``pack``: hidden's as a ``Packed``, by Triton.
     """
     whole, keep, ops = ops, *_counting(ops, loss)
     losses = ops.hidden.new_empty(ops.hidden.shape[0], dtype=torch.float32)
@@ -171,11 +171,11 @@ def _spread(t: Tensor, keep: Tensor | None, whole: Operands) -> Tensor:
 
 def _finished(grads: Gradients, keep: Tensor | None, whole: Operands) -> Gradients:
     """The tokens' gradients for all tokens, the adapter's times its scale."""
-    hidden, low = (None if g is None else _spread(g, keep, whole) for g in (grads.hidden, grads.low))
+    hidden, low, rest = (None if g is None else _spread(g, keep, whole) for g in (grads.hidden, grads.low, grads.rest))
     for g in (low, grads.up):
         if g is not None:
             g.mul_(whole.scale)
-    return grads._replace(hidden=hidden, low=low)
+    return grads._replace(hidden=hidden, low=low, rest=rest)
 
 
 def _empty_gradients(ops: Operands, wants: Wants, pack: bool = False) -> Gradients:

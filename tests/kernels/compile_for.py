@@ -1,8 +1,8 @@
 """Compiles the kernels of representative plans and those of attention for one GPU target, on a machine that needs no GPU:
 ``compile_for.py cuda 90 32``, or with ``0/2`` behind it only every other form's plans, with ``1/2`` the others'.
 
-Prints one JSON line for each kernel: whose it is ("rows", "tiles", "thin" or "scores"), its name, whether it compiled, bytes of shared
-memory and how many it may have, and the error's text.
+Prints one JSON line for each kernel: whose it is ("rows", "tiles", "thin", "packed" or "scores"), its name, whether it compiled, bytes
+of shared memory and how many it may have, and the error's text.
 """
 
 # ruff: noqa: E402
@@ -23,7 +23,7 @@ from compile_scores import kernels
 from contract import case
 from forms import FORMS
 from slothc.gradients.plan import Pass
-from slothc.kernels import cache, joined, joined_kernel, thin, thin_kernel, triton_pieces, triton_source
+from slothc.kernels import cache, joined, joined_kernel, packed, packed_kernel, thin, thin_kernel, triton_pieces, triton_source
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -103,6 +103,15 @@ def thin_products(backend: str) -> Iterator[tuple[str, Any, dict[str, str], dict
         yield f"add {factors}", thin_kernel.add, types, values, {"num_warps": 4}, SMALL
 
 
+def packing() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any], int]]:
+    pack, scaled = packed_kernel.pack, packed_kernel.scaled
+    types = {"v": "*fp32", "high": "*i16", "low": "*u8", "TOTAL": "i32", "BLOCK": "constexpr"}
+    yield "pack", pack, types, {"BLOCK": packed.BLOCK}, {"num_warps": 4}, SMALL
+    types = {"high": "*i16", "low": "*u8", "by": "*fp32", "out": "*bf16", "TOTAL": "i32", "WIDTH": "i32", "EACH": "constexpr"}
+    types["BLOCK"] = "constexpr"
+    yield "scaled", scaled, types, {"EACH": True, "BLOCK": packed.BLOCK}, {"num_warps": 4}, SMALL
+
+
 def built(
     name: str, kernel: Any, types: dict[str, str], values: dict[str, Any], options: dict[str, Any], limit: int, target: GPUTarget
 ) -> dict[str, Any]:
@@ -130,6 +139,8 @@ def main(backend: str, arch: str, warp: str, part: str = "0/1") -> None:
         print(json.dumps({"of": "tiles", **built(*kernel, target)}), flush=True)
     for kernel in thin_products(backend) if arch not in ("75", "80") else ():   # Turing's take the library, Ampere's are as Hopper's
         print(json.dumps({"of": "thin", **built(*kernel, target)}), flush=True)
+    for kernel in packing():
+        print(json.dumps({"of": "packed", **built(*kernel, target)}), flush=True)
     for kernel in kernels(arch):
         print(json.dumps({"of": "scores", **built(*kernel, target)}), flush=True)
 
