@@ -151,9 +151,9 @@ class _Siblings(torch.autograd.Function):
         gs = [_rows(g) for g in gradients[:count]]
         found: list[Tensor | None] = [None] * (s.reads + 1)
         with _without_autocast(gs[0].device):
-            dx, u, db = s.code.towards(*gs, *base, a, t)
+            dx, u, db = s.code.towards(*gs, *base, a, t, s.plan is not None or ctx.needs_input_grad[1])
             if s.plan is None:
-                x, found[1] = kept[0], dx.view(ctx.shape)
+                x, found[1] = kept[0], None if dx is None else dx.view(ctx.shape)
             else:
                 x = _region_backward(ctx, s, kept, [dx.view(*ctx.lead, dx.shape[1]), *gradients[count:]], found)
             own = s.code.weights(*gs, x, u, db)

@@ -60,7 +60,8 @@ class Linear:
 
 @dataclass(frozen=True)
 class Stacked:
-    """``forward(X, operands of each) -> (Y of each, T, A)``, ``towards(G of each, what is read of each, A, T) -> (dX, U, dB)``,
+    """``forward(X, operands of each) -> (Y of each, T, A)``,
+    ``towards(G of each, what is read of each, A, T, whether X wants a gradient) -> (dX or None, U, dB)``,
     ``weights(G of each, X, U, dB) -> gradients of the operands of each, None where none is wanted``; T, A, U and dB (one for each adapter)
     are None without an adapter. Matrices are of one dtype but for an adapter's, which may be fp32; ``source`` is what is run.
     """
@@ -114,13 +115,13 @@ class _Text:
         return found[0] if len(found) == 1 else f"cat(({', '.join(found)}))"
 
     def towards(self) -> list[str]:
-        arguments = [*(f"G{k}" for k in self.linears), *(f"{name}{k}" for k, m in self.linears.items() for name in m.read), "A", "T"]
-        lines = [f"def towards({', '.join(arguments)}):", *(self._back() if self.adapted else ["    U = dB = None"])]
+        arguments = [*(f"G{k}" for k in self.linears), *(f"{name}{k}" for k, m in self.linears.items() for name in m.read)]
+        lines = [f"def towards({', '.join(arguments)}, A, T, want):", *(self._back() if self.adapted else ["    U = dB = None"])]
         pairs = [self._pair(self.of[k].dx.terms[-1], k) for k in self.linears]
         if self.adapted:
-            lines.append(f"    dX = summed(({', '.join(f'({p})' for p in pairs)},), U, A)")
+            lines.append(f"    dX = summed(({', '.join(f'({p})' for p in pairs)},), U, A) if want else None")
         else:
-            lines += [f"    dX = mm({pairs[0]})", *(f"    dX.addmm_({p})" for p in pairs[1:])]
+            lines += ["    if not want: return None, U, dB", f"    dX = mm({pairs[0]})", *(f"    dX.addmm_({p})" for p in pairs[1:])]
         notes = dict.fromkeys(f"    # {s.dx}" for s in self.of)
         return [*lines, *notes, "    return dX, U, dB"]
 

@@ -24,6 +24,7 @@ from .triton_launch import available, memory, processors
 
 MOST = 3                      # matrices in one launch
 WIDEST = 64                   # columns of a thin matrix
+NARROW = 32                   # and of those that meet a gradient twice: the parts of d are a quarter of it then, in bytes
 BLOCK_M, BLOCK_N, STAGES, WARPS = 256, 64, 3, 4
 PROGRAMS = 1                  # for each multiprocessor: more would not fit its shared memory, and leave more parts
 SPAN = 512                    # columns summed by a matrix unit beside fp32 factors: its running sum is cut short of fp32's rounding
@@ -39,8 +40,8 @@ def both(gs: Sequence[Tensor], bs: Sequence[Tensor], t: Tensor, scales: Sequence
 
     The g_i are of one dtype; bs and t of it too, or in fp32 and then the results are.
     """
-    alike = len({b.shape[1] for b in bs}) == 1 and has_kernel(gs, [*bs, t])
-    found = _launched(("both", *scales), gs, bs, t) if alike else None
+    narrow = len({b.shape[1] for b in bs}) == 1 and bs[0].shape[1] <= NARROW
+    found = _launched(("both", *scales), gs, bs, t) if narrow and has_kernel(gs, [*bs, t]) else None
     if found is None:
         return _both(gs, bs, t, scales)
     u, d = found

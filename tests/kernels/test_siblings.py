@@ -13,6 +13,7 @@ from slothc.kernels import joined, siblings, summed
 from slothc.kernels.products import native
 from slothc.kernels.siblings_program import Linear, stacked
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from slothc.capture import region_of
 
@@ -161,6 +162,41 @@ def test_what_no_gradient_reaches_gets_none() -> None:
     assert found[3] is None and true[3] is None
     for ours, eager in zip(found[:3], true[:3]):
         torch.testing.assert_close(ours, eager)
+
+
+@pytest.mark.parametrize("linears", [adapted(2), [Linear(trained=True)] * 2], ids=["adapted", "trained"])
+def test_no_gradient_is_made_of_an_x_that_wants_none(linears: list[Linear]) -> None:
+    """As in a model's first layer, whose embedding is frozen: the products with W are made in the forward only."""
+    torch.manual_seed(0)
+    x, *operands = cast(draw(1, 2), torch.float32, DEVICE)
+    if not linears[0].rank:
+        operands = operands[::3]
+    names = [name in m.wanted for m in linears for name in m.operands]
+    operands = [t.detach().requires_grad_(wanted) for t, wanted in zip(operands, names)]
+    results = siblings.call(None, linears)(x.detach(), *operands)
+    with Products() as made:
+        sum(y.square().sum() for y in results).backward()
+    assert all((t.grad is not None) == wanted for t, wanted in zip(operands, names))
+    assert x.shape[-1] * x[..., 0].numel() not in made.sizes
+
+    again = [t.detach().requires_grad_(wanted) for t, wanted in zip(operands, names)]
+    sum(y.square().sum() for y in siblings.call(None, linears)(x.detach().requires_grad_(), *again)).backward()
+    for one, two in zip(operands, again):
+        assert (one.grad is None and two.grad is None) or torch.equal(one.grad, two.grad)
+
+
+class Products(TorchDispatchMode):
+    """Elements of the results of matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = function(*args, **(kwargs or {}))
+        if "mm" in function.__name__:
+            self.sizes.append(found.numel())
+        return found
 
 
 def test_x_is_not_kept() -> None:
