@@ -186,7 +186,7 @@ def _empty_gradients(ops: Operands, wants: Wants, pack: bool = False) -> Gradien
     if not pack:
         return Gradients(*tensors)
     hidden = Packed.empty(ops.hidden.shape, ops.hidden.device)
-    return Gradients(hidden.high, *tensors[1:], hidden.low)
+    return Gradients(*tensors)._replace(hidden=hidden.high, rest=hidden.low)
 
 
 def _add_chunk(grads: Gradients, ops: Operands, start: int, stop: int, h: Tensor, dz: Tensor) -> None:

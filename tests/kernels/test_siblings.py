@@ -239,16 +239,22 @@ def test_sums_of_products(count: int) -> None:
     assert float((summed.summed(pairs, a, b).double() - truth).norm() / truth.norm()) < 1e-6
 
 
-@pytest.mark.usefixtures("triton_kernels")
-@pytest.mark.parametrize("count", [2, 3, 4])
-def test_the_kernel_sums_over_all_pairs(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One rounding of the whole sum, at sizes that are no multiple of a block."""
+@pytest.fixture
+def copies(triton_kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels that need the bulk tensor copy engine: on a device that has one, or in the interpreter."""
     if DEVICE == "cpu":
         monkeypatch.setattr(joined, "_hopper", lambda device: True)
         monkeypatch.setattr(joined, "_processors", lambda device: 2)
+        monkeypatch.setattr(joined, "rounds_once", lambda device, dtype: False)
         monkeypatch.setattr(Tensor, "is_cuda", True)
     elif not joined._hopper(torch.device(DEVICE)):
         pytest.skip("no bulk tensor copies")
+
+
+@pytest.mark.usefixtures("copies")
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_the_kernel_sums_over_all_pairs(count: int) -> None:
+    """One rounding of the whole sum, at sizes that are no multiple of a block."""
     m, n, r = 136, 264, 12
     made = torch.Generator().manual_seed(0)
     draw_ = lambda *s: torch.randn(*s, generator=made).to(DEVICE, torch.float16)  # noqa: E731
@@ -261,15 +267,8 @@ def test_the_kernel_sums_over_all_pairs(count: int, monkeypatch: pytest.MonkeyPa
     assert not joined._broken
 
 
-@pytest.mark.usefixtures("triton_kernels")
-def test_a_bias_in_the_same_accumulator(monkeypatch: pytest.MonkeyPatch) -> None:
-    if DEVICE == "cpu":
-        monkeypatch.setattr(joined, "_hopper", lambda device: True)
-        monkeypatch.setattr(joined, "_processors", lambda device: 2)
-        monkeypatch.setattr(joined, "rounds_once", lambda device, dtype: False)
-        monkeypatch.setattr(Tensor, "is_cuda", True)
-    elif not joined._hopper(torch.device(DEVICE)):
-        pytest.skip("no bulk tensor copies")
+@pytest.mark.usefixtures("copies")
+def test_a_bias_in_the_same_accumulator() -> None:
     made = torch.Generator().manual_seed(0)
     x, w, a, b, c = (torch.randn(s, generator=made).to(DEVICE, torch.float16) for s in ((136, 72), (72, 264), (136, 8), (8, 264), (264,)))
     truth = x.double() @ w.double() + 0.5 * a.double() @ b.double() + 8 * c.double()
@@ -278,17 +277,10 @@ def test_a_bias_in_the_same_accumulator(monkeypatch: pytest.MonkeyPatch) -> None
     assert not joined._broken
 
 
-@pytest.mark.usefixtures("triton_kernels")
+@pytest.mark.usefixtures("copies")
 @pytest.mark.parametrize("rank", [5, 40])
-def test_fp32_factors_beside_a_low_precision_product(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fp32_factors_beside_a_low_precision_product(rank: int) -> None:
     """Two parts of each factor: as close as one rounding of the sum, whatever the factors' last bits are."""
-    if DEVICE == "cpu":
-        monkeypatch.setattr(joined, "_hopper", lambda device: True)
-        monkeypatch.setattr(joined, "_processors", lambda device: 2)
-        monkeypatch.setattr(joined, "rounds_once", lambda device, dtype: False)
-        monkeypatch.setattr(Tensor, "is_cuda", True)
-    elif not joined._hopper(torch.device(DEVICE)):
-        pytest.skip("no bulk tensor copies")
     m, n, k = 136, 264, 72
     made = torch.Generator().manual_seed(0)
     x, w = (torch.randn(s, generator=made).to(DEVICE, torch.float16) for s in ((m, k), (k, n)))
