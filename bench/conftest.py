@@ -14,8 +14,18 @@ import tables
 _ROWS = pytest.StashKey[list]()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--head-chunk-mib", type=int, help="a frozen head's logits that are held at once, MiB")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_ROWS] = []
+    size = config.getoption("--head-chunk-mib")
+    if size is not None:
+        sys.path.append(str(Path(__file__).resolve().parents[1]))
+        from slothc.kernels import vocab_chunks
+
+        vocab_chunks.GPU_CHUNK_BYTES = size << 20
 
 
 @pytest.fixture(scope="session")

@@ -16,8 +16,8 @@ import pytest
 BENCH = Path(__file__).resolve().parents[1] / "bench"
 
 
-def script(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def script(name: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
     command = [sys.executable, str(BENCH / name), *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
@@ -49,6 +49,14 @@ def test_a_system_that_takes_too_long_is_a_row(tmp_path: Path) -> None:
                  "--out", str(tmp_path), "--name", "t")  # fmt: skip
     assert run.returncode == 0, run.stderr
     assert "| eager | not finished after 0 s" in run.stdout
+
+
+def test_thin_products_are_measured_beside_the_librarys() -> None:
+    pytest.importorskip("triton")
+    run = script("thin.py", "--device", "cpu", "--tokens", "16", "--factors", "fp32", TRITON_INTERPRET="1")
+    assert run.returncode == 0, run.stderr
+    assert [line.split(" | ")[0] for line in run.stdout.splitlines()[2:5]] == ["| both, q, k, v", "| across, q, k, v", "| along, q, k, v"]
+    assert len(run.stdout.splitlines()) == 14
 
 
 def test_unknown_systems_are_refused_by_name() -> None:
