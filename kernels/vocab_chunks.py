@@ -31,7 +31,7 @@ GPU_CHUNK_BYTES = 256 << 20
 CPU_CHUNK_BYTES = 64 << 20
 """Bytes of one chunk's logits. A product with W reads all of W, so a chunk must have rows enough to pay for that."""
 TILE = 64
-"""Tokens of the smallest tile of a product: 196 of them cost as many tiles as 256 (cuBLAS on Hopper)."""
+"""Tokens of the smallest tile that a product has (cuBLAS on Hopper): a chunk that ends inside one pays for all of it."""
 GPU_SUMMED_BYTES = 512 << 20
 """The most where W gets a gradient, which every chunk reads and writes in fp32: then a chunk is half of W, or the above if that is more."""
 
