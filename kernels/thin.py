@@ -31,7 +31,7 @@ SPAN = 512                    # columns summed by a matrix unit beside fp32 fact
 BLOCK, PARTS = 256, 8         # of the sum of parts
 KEPT = 512
 
-_records: dict[tuple[Any, ...], _Record] = {}
+_records: dict[tuple[Any, ...], _Record | None] = {}
 _broken: set[tuple[Any, ...]] = set()     # (device, which product, dtype of the thin matrices)
 
 
@@ -40,8 +40,7 @@ def both(gs: Sequence[Tensor], bs: Sequence[Tensor], t: Tensor, scales: Sequence
 
     The g_i are of one dtype; bs and t of it too, or in fp32 and then the results are.
     """
-    narrow = len({b.shape[1] for b in bs}) == 1 and bs[0].shape[1] <= NARROW
-    found = _launched(("both", *scales), gs, bs, t) if narrow and has_kernel(gs, [*bs, t]) else None
+    found = _launched(("both", *scales), gs, bs, t)
     if found is None:
         return _both(gs, bs, t, scales)
     u, d = found
@@ -50,24 +49,28 @@ def both(gs: Sequence[Tensor], bs: Sequence[Tensor], t: Tensor, scales: Sequence
 
 def across(x: Tensor, a: Tensor) -> Tensor:
     """x a for x [m, k], a [k, r], of a's dtype. The library is as fast where they are of one dtype."""
-    found = None if a.dtype is x.dtype or not has_kernel([x], [a]) else _launched(("across", 1.0), [x], [a], None)
+    found = None if a.dtype is x.dtype else _launched(("across", 1.0), [x], [a], None)
     return product(x, a) if found is None else found[0]
 
 
 def along(u: Tensor, x: Tensor) -> Tensor:
     """u' x for u [m, r], x [m, k], of u's dtype: a sum over tokens."""
-    found = None if u.dtype is x.dtype or not has_kernel([x], [u]) else _launched(("along", 1.0), [x], [], u, turned=True)
+    found = None if u.dtype is x.dtype else _launched(("along", 1.0), [x], [], u, turned=True)
     return product(u.t(), x, long=True) if found is None else found[1]
 
 
-def has_kernel(large: Sequence[Tensor], thin: Sequence[Tensor]) -> bool:
-    """Whether the kernels take these: [m, n_i] of one low-precision dtype and gapless rows, thin ones of it or in fp32."""
-    first = large[0]
+def has_kernel(large: Sequence[Tensor], right: Sequence[Tensor], left: Tensor | None) -> bool:
+    """Whether the kernels take these: [m, n_i] of one low-precision dtype with gapless rows, thin ones of it or in fp32, right ones of
+    one rank.
+    """
+    first, thin = large[0], [*right, *([] if left is None else [left])]
     if first.dtype not in LOW or not _runs(first.device) or len(large) > MOST or first.shape[0] == 0:
         return False
     if any(x.dtype is not first.dtype or x.stride(1) != 1 or x.shape[1] == 0 for x in large):
         return False
-    return len({t.dtype for t in thin}) == 1 and thin[0].dtype in (first.dtype, torch.float32) and thin[0].shape[1] <= WIDEST
+    if len({b.shape[1] for b in right}) > 1 or len({t.dtype for t in thin}) > 1:
+        return False
+    return thin[0].dtype in (first.dtype, torch.float32) and thin[0].shape[1] <= (NARROW if len(thin) > 1 else WIDEST)
 
 
 @cache
@@ -92,19 +95,21 @@ def _both(gs: Sequence[Tensor], bs: Sequence[Tensor], t: Tensor, scales: Sequenc
 def _launched(
     what: tuple[Any, ...], large: Sequence[Tensor], right: Sequence[Tensor], left: Tensor | None, turned: bool = False
 ) -> list[Any] | None:
-    """[large right or None, large' left or None]; None where the kernels cannot be built for the device, which is remembered."""
+    """[large right or None, large' left or None]; None where there is no kernel for them, or where it cannot be built for the device,
+    which is remembered.
+    """
     tensors = (*large, *right, *(() if left is None else (left,)))
     key = (*what, large[0].device, *((t.shape, t.stride(), t.dtype) for t in tensors))
     kind = (large[0].device, what[0], tensors[-1].dtype)
     if kind in _broken:
         return None
     try:
-        record = _records.get(key)
-        if record is None:
+        if key not in _records:
             if len(_records) > KEPT:
                 _records.clear()
-            record = _records[key] = _Record(large, right, left, what[1:], turned)
-        return record(large, right, left)
+            _records[key] = _Record(large, right, left, what[1:], turned) if has_kernel(large, right, left) else None
+        record = _records[key]
+        return None if record is None else record(large, right, left)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
