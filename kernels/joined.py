@@ -8,7 +8,6 @@ more short dot for the low-rank factors before the tile is rounded and stored. b
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .binding import Blanks
+from .broken import give_up
 from .direct import Descriptor, Direct
 
 LOW = (torch.bfloat16, torch.float16)
@@ -166,13 +166,8 @@ class Tiles:
             return y
         try:
             self.run((*operands, y, a, b, *more))
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:
-            _broken.add(self.kind)
-            why = error.__cause__ or error                                # Triton's own says where, its cause what
-            text = f"sloth sums products on {self.kind[0]} with PyTorch, in more passes: {type(why).__name__}: {why}"
-            warnings.warn(text, RuntimeWarning, stacklevel=2)
+            give_up(_broken, self.kind, self.kind[0], "sums products", error)
             return None
         return y
 

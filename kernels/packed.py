@@ -12,13 +12,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .broken import give_up
 from .direct import Direct
+from .joined import LOW
 from .triton_launch import available
 
-LOW = (torch.bfloat16, torch.float16)
 BLOCK = 1024
 KEPT = 256
 _records: dict[tuple[Any, ...], Direct] = {}
+_broken: set[tuple[str, torch.device]] = set()
 
 
 class Packed(NamedTuple):
@@ -34,31 +36,46 @@ class Packed(NamedTuple):
     def put(self, start: int, v: Tensor) -> None:
         """Rows ``start`` and on are those of v [k, n], fp32."""
         high, low = (t[start : start + v.shape[0]] for t in self)
-        if v.numel():
-            _launch("pack", (v, high, low), v.numel())
+        if not _launched("pack", (v, high, low), v.numel()):
+            bits = v.view(torch.int32)
+            bits = torch.where(v.isnan(), bits, bits + 128)               # a nan is not rounded: it might become a number
+            high.copy_(bits >> 16)
+            low.copy_((bits >> 8) & 255)
 
     def scaled(self, by: Tensor, dtype: torch.dtype) -> Tensor:
-        """Times ``by`` [] or [m], rounded to ``dtype``."""
+        """Times ``by`` [] or [m], contiguous, rounded to ``dtype``."""
         out = torch.empty(self.high.shape, dtype=dtype, device=self.high.device)
-        if out.numel():
-            _launch("scaled", (*self, by, out), out.numel(), out.shape[1], EACH=by.dim() > 0)
+        if not _launched("scaled", (*self, by, out), out.numel(), out.shape[1], EACH=by.dim() > 0):
+            wide = ((self.high.int() << 16) | (self.low.int() << 8)).view(torch.float32)
+            out.copy_(wide * (by.unsqueeze(-1) if by.dim() else by))
         return out
 
 
 def packs(t: Tensor) -> bool:
-    """Whether sums that will be of this tensor's dtype, on its device, can be kept so."""
-    return t.dtype in LOW and available(t.device) and t.device.type != "cpu"
+    """Whether sums that will be of this tensor's dtype are kept so: on an accelerator, where one pass packs them."""
+    return t.dtype in LOW and t.device.type != "cpu" and available(t.device)
 
 
-def _launch(name: str, tensors: tuple[Tensor, ...], total: int, *numbers: int, **constants: bool) -> None:
-    key = (name, tensors[0].device, total, *numbers, *constants.values(), *(t.dtype for t in tensors))
-    run = _records.get(key)
-    if run is None:
-        if len(_records) > KEPT:
-            _records.clear()
-        grid = (-(-total // BLOCK),)
-        run = _records[key] = Direct(_kernel(name), grid, [total, *numbers], dict(**constants, BLOCK=BLOCK), tensors[0].device)
-    run(tensors)
+def _launched(name: str, tensors: tuple[Tensor, ...], total: int, *numbers: int, **constants: bool) -> bool:
+    """Whether the kernel has run; False where there is none for the device."""
+    device = tensors[0].device
+    if not available(device) or (name, device) in _broken:
+        return False
+    if total == 0:
+        return True
+    key = (name, device, total, *numbers, *constants.values(), *(t.dtype for t in tensors))
+    try:
+        run = _records.get(key)
+        if run is None:
+            if len(_records) > KEPT:
+                _records.clear()
+            grid = (-(-total // BLOCK),)
+            run = _records[key] = Direct(_kernel(name), grid, [total, *numbers], dict(**constants, BLOCK=BLOCK), device)
+        run(tensors)
+    except Exception as error:
+        give_up(_broken, (name, device), device, "keeps gradients in three bytes", error)
+        return False
+    return True
 
 
 @cache

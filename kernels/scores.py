@@ -15,7 +15,6 @@ truth, the written form's 8e-2; with one of the two alone they are 2e-2 to 9e-2.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +23,7 @@ import torch
 from slothc.gradients.vocabulary import Chain
 from torch import Tensor
 
+from .broken import give_up
 from .once import once_differentiable
 from .scores_launch import BY_KEYS, KEPT, MOST, Form, Kernel, Part, at_once, keyed, left_row
 from .scores_rows import backward_rows, forward_rows
@@ -136,12 +136,8 @@ def _launched(q: Tensor, launch: Callable[[], None]) -> bool:
     """Whether the kernels run. Where they cannot be built or do not fit the device, PyTorch does it from then on, with one warning."""
     try:
         launch()
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:
-        _broken.add((q.device, q.dtype, q.shape[3]))
-        text = f"sloth computes attention on {q.device} with PyTorch, in more passes: {type(error).__name__}: {error}"
-        warnings.warn(text, RuntimeWarning, stacklevel=2)
+        give_up(_broken, (q.device, q.dtype, q.shape[3]), q.device, "computes attention", error)
         return False
     return True
 

@@ -97,9 +97,10 @@ class _Text:
 
     def forward(self) -> list[str]:
         arguments = [X, *(f"{name}{k}" for k, m in self.linears.items() for name in m.operands)]
-        lines, stacked_a = [f"def forward({', '.join(arguments)}):", "    T = A = None"], self._rows("A")
+        lines, each = [f"def forward({', '.join(arguments)}):", "    T = A = None"], ", ".join(f"A{k}" for k in self.adapted)
         if self.adapted:
-            lines = [lines[0], f"    A = {stacked_a}", "    T = across(X, A.t())", f"    # {self.of[self.adapted[0]].inner}"]
+            stack = each if len(self.adapted) == 1 else f"cat(({each}))"
+            lines = [lines[0], f"    A = {stack}", "    T = across(X, A.t())", f"    # {self.of[self.adapted[0]].inner}"]
         for k, m in self.linears.items():
             *others, base = self.of[k].result.terms
             if m.rank:
@@ -109,10 +110,6 @@ class _Text:
                 lines.append(f"    Y{k} = {f'addmm(b{k}, ' if m.bias else 'mm('}{self._pair(base, k)})")
             lines.append(f"    # {self.of[k].result}")
         return [*lines, f"    return {', '.join(f'Y{k}' for k in self.linears)}, T, A"]
-
-    def _rows(self, name: str) -> str:
-        found = [f"{name}{k}" for k in self.adapted]
-        return found[0] if len(found) == 1 else f"cat(({', '.join(found)}))"
 
     def towards(self) -> list[str]:
         arguments = [*(f"G{k}" for k in self.linears), *(f"{name}{k}" for k, m in self.linears.items() for name in m.read)]

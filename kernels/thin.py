@@ -10,7 +10,6 @@ launches of its own, and round in another.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .broken import give_up
 from .direct import Direct
 from .products import LOW, product
 from .triton_launch import available, memory, processors
@@ -110,13 +110,8 @@ def _launched(
             _records[key] = _Record(large, right, left, what[1:], turned) if has_kernel(large, right, left) else None
         record = _records[key]
         return None if record is None else record(large, right, left)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:
-        _broken.add(kind)
-        why = error.__cause__ or error                                    # Triton's own says where, its cause what
-        text = f"sloth makes an adapter's products on {kind[0]} with PyTorch, in more passes: {type(why).__name__}: {why}"
-        warnings.warn(text, RuntimeWarning, stacklevel=2)
+        give_up(_broken, kind, kind[0], "makes an adapter's products", error)
         return None
 
 

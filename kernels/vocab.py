@@ -213,12 +213,13 @@ def _dtypes(given: Given) -> tuple[torch.dtype | None, ...]:
 
 def _scaled(saved: Sequence[Tensor | None], by: Tensor, dtypes: Sequence[torch.dtype | None]) -> tuple[Tensor | None, ...]:
     """Each gradient (of ``Gradients``) times ``by`` ([] or one number for each row), rounded once to its operand's dtype."""
-    hidden, *others, rest = saved
-    if hidden is not None and rest is not None:
-        first: Tensor | None = Packed(hidden, rest).scaled(by.contiguous(), dtypes[0] or torch.float32)
-        return (first, *_scaled((None, *others, None), by, dtypes)[1:])
-    by = by.unsqueeze(-1) if by.dim() else by
-    return tuple(None if g is None else torch.mul(g, by, out=torch.empty_like(g, dtype=d)) for g, d in zip((hidden, *others), dtypes))
+    grads = Gradients(*saved)
+    column = by.unsqueeze(-1) if by.dim() else by
+    plain = grads[:5] if grads.rest is None else (None, *grads[1:5])
+    found = [None if g is None else torch.mul(g, column, out=torch.empty_like(g, dtype=d)) for g, d in zip(plain, dtypes)]
+    if grads.hidden is not None and grads.rest is not None:
+        found[0] = Packed(grads.hidden, grads.rest).scaled(by.contiguous(), dtypes[0] or torch.float32)
+    return tuple(found)
 
 
 def _remade(upstream: Tensor, factor: Tensor, given: Any, labels: Tensor | None, scale: float, loss: Loss, wants: Wants) -> Gradients:

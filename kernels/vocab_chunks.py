@@ -30,8 +30,6 @@ from .vocab_rows import Loss, run_rows
 GPU_CHUNK_BYTES = 256 << 20
 CPU_CHUNK_BYTES = 64 << 20
 """Bytes of one chunk's logits. A product with W reads all of W, so a chunk must have rows enough to pay for that."""
-TILE = 64
-"""Tokens of the smallest tile that a product has (cuBLAS on Hopper): a chunk that ends inside one pays for all of it."""
 GPU_SUMMED_BYTES = 512 << 20
 """The most where W gets a gradient, which every chunk reads and writes in fp32: then a chunk is half of W, or the above if that is more."""
 
@@ -88,17 +86,15 @@ class Operands:
 
 
 def chunk_rows(tokens: int, vocab: int, itemsize: int, device: torch.device, summed: int = 0) -> int:
-    """How many tokens a chunk has: within the byte limit, chunks of nearly equal size, in whole tiles of a product where they hold some.
+    """How many tokens a chunk has: within the byte limit, chunks of nearly equal size.
 
     ``summed``: bytes of a weight that gets a gradient.
     """
     limit = CPU_CHUNK_BYTES if device.type == "cpu" else max(GPU_CHUNK_BYTES, min(GPU_SUMMED_BYTES, summed // 2))
     most = max(1, limit // max(1, vocab * itemsize))
-    tile = TILE if most >= TILE else 8
-    most = most // tile * tile or most
     count = max(1, -(-tokens // most))
     rows = -(-tokens // count)
-    return max(1, min(most, -(-rows // tile) * tile))
+    return max(1, min(most, -(-rows // 8) * 8))
 
 
 def _chunks(ops: Operands, wants: Wants) -> Iterator[tuple[int, int, Tensor, Tensor]]:
@@ -120,7 +116,7 @@ def _chunks(ops: Operands, wants: Wants) -> Iterator[tuple[int, int, Tensor, Ten
 def losses_and_gradients(ops: Operands, loss: Loss, wants: Wants, pack: bool = False) -> tuple[Tensor, Gradients]:
     """The loss of every token [n] in fp32, and those gradients of their sum (hidden, weight, bias) that are wanted.
 
-    ``pack``: hidden's as a ``Packed``, by Triton.
+    ``pack``: hidden's as a ``Packed``.
     """
     whole, keep, ops = ops, *_counting(ops, loss)
     losses = ops.hidden.new_empty(ops.hidden.shape[0], dtype=torch.float32)

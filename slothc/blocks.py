@@ -152,11 +152,12 @@ def _stacks(view: GraphView, match: Match) -> bool:
     x, weight, a, b, bias = (match.inputs[k] for k in ("x", "weight", "a", "b", "bias"))
     base = (x, weight, match.node) if bias is None else (x, weight, bias, match.node)
     dtype, adapter = view.value(x).dtype, view.value(a).dtype
-    sums = dtype not in LOW or takes_wide(view.value(x), view.value(weight))
+    mixes = takes_wide(view.value(x), view.value(weight))
     return (
-        _native(view, base) and _native(view, (a, b, b)) and (adapter is dtype or (adapter is torch.float32 and sums))
-        and match.attrs["adapter_dtype"] in (adapter, None) and match.attrs["out_dtype"] in (dtype, None) and (bias is None or sums)
-        and view.needs_grad(a) and view.needs_grad(b) and not any(map(view.needs_grad, (weight, *(() if bias is None else (bias,)))))
+        _native(view, base) and _native(view, (a, b, b)) and (adapter is dtype or (adapter is torch.float32 and mixes))
+        and match.attrs["adapter_dtype"] in (adapter, None) and match.attrs["out_dtype"] in (dtype, None)
+        and (bias is None or dtype not in LOW or mixes)
+        and view.needs_grad(a) and view.needs_grad(b) and not any(map(view.needs_grad, base[1:-1]))
         and view.value(match.node).shape[:-1] == view.value(x).shape[:-1]
     )  # fmt: skip
 

@@ -51,7 +51,6 @@ def test_contract(device, dtype, name, reduction):
     assert_contract(draws, dtype)
 
 
-@pytest.mark.usefixtures("triton_kernels")
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_the_gradient_of_hidden_states_kept_in_three_bytes(reduction, monkeypatch):
     monkeypatch.setattr("slothc.kernels.vocab.packs", lambda t: True)
