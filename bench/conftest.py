@@ -23,9 +23,9 @@ def pytest_configure(config: pytest.Config) -> None:
     size = config.getoption("--head-chunk-mib")
     if size is not None:
         sys.path.append(str(Path(__file__).resolve().parents[1]))
-        from slothc.kernels import vocab_chunks
+        from slothc.kernels import vocab_blocks
 
-        vocab_chunks.GPU_CHUNK_BYTES = size << 20
+        vocab_blocks.BLOCK_BYTES = size << 20
 
 
 @pytest.fixture(scope="session")

@@ -118,6 +118,18 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
             "attention_dropout": 0.0,
         },
     ),
+    "apertus_4b": (  # Apertus 8B, half as deep
+        "ApertusConfig",
+        {
+            "vocab_size": 131072,
+            "hidden_size": 4096,
+            "intermediate_size": 21504,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 65536,
+        },
+    ),
     "falcon_h1_1b": (  # Falcon-H1-1.5B
         "FalconH1Config",
         {

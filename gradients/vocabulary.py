@@ -10,14 +10,14 @@ The gradient by z comes from the reverse mode; nothing here knows that it is sof
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 import sympy as sp
 
 from .functions import absolute, clip, eq, relu, select, sigmoid, softplus
-from .geometry import Access, Axis, Form
-from .plan import Operand, Pass
+from .geometry import Access, Axis, Form, Size
+from .plan import Lookup, Operand, Pass
 from .program import COLUMN, DTYPES, ROW, SCALAR, Input, Output, Program, Reduce, Stage, symbol
 from .reverse import derive
 
@@ -63,7 +63,7 @@ class Step:
     @property
     def expr(self) -> sp.Expr:
         """The step's value as an expression in z."""
-        return FUNCTIONS[self.fn][1](symbol("z"), *(_number(c) for c in self.numbers))
+        return FUNCTIONS[self.fn][1](symbol("z"), *(constant(c) for c in self.numbers))
 
     def __str__(self) -> str:
         return " ".join((self.fn, *(repr(float(c)) for c in self.numbers), self.dtype))
@@ -105,11 +105,11 @@ class Chain:
         return Chain(dtype[0], tuple(Step(fn, tuple(map(float, numbers)), last) for fn, *numbers, last in rest))
 
 
-def _number(c: float) -> sp.Expr:
+def constant(c: float) -> sp.Expr:
     return sp.Integer(int(c)) if float(c).is_integer() else sp.Float(repr(float(c)))
 
 
-def _logit_stages(dtype: str, steps: Steps) -> tuple[tuple[Stage, ...], sp.Expr]:
+def logit_stages(dtype: str, steps: Steps) -> tuple[tuple[Stage, ...], sp.Expr]:
     """The processed logit: a stage for each rounding, and its final value. Rounding to fp32 changes nothing."""
     stages: list[Stage] = []
     value: sp.Expr = symbol("z")
@@ -126,9 +126,9 @@ def _logit_stages(dtype: str, steps: Steps) -> tuple[tuple[Stage, ...], sp.Expr]
     return tuple(stages), value
 
 
-def _label_stages(dtype: str, steps: Steps) -> tuple[tuple[Stage, ...], sp.Expr]:
+def label_stages(dtype: str, steps: Steps) -> tuple[tuple[Stage, ...], sp.Expr]:
     """The same for the label's logit ``zy``."""
-    stages, value = _logit_stages(dtype, steps)
+    stages, value = logit_stages(dtype, steps)
     names = {symbol(n): symbol(f"{n}y") for n in ("z", *(s.name for s in stages))}
     return tuple(Stage(f"{s.name}y", s.expr.xreplace(names), s.dtype) for s in stages), value.xreplace(names)
 
@@ -153,15 +153,15 @@ def loss_program(
     if not 0.0 <= smoothing <= 1.0:
         raise ValueError(f"label smoothing must be between 0 and 1, got {smoothing}")
     label, v = symbol("label"), symbol("v")
-    chain, c = _logit_stages(dtype, steps)
-    own, c_label = _label_stages(dtype, steps) if gathered else ((), Reduce("sum", select(eq(v, label), c, 0)))
+    chain, c = logit_stages(dtype, steps)
+    own, c_label = label_stages(dtype, steps) if gathered else ((), Reduce("sum", select(eq(v, label), c, 0)))
     stages = [*chain, *own, Stage("lse", Reduce("logsumexp", c)), Stage("picked", c_label)]
-    loss = symbol("lse") - _number(1 - smoothing) * symbol("picked")
+    loss = symbol("lse") - constant(1 - smoothing) * symbol("picked")
     if smoothing:
         if vocab < 1:
             raise ValueError("label smoothing needs the size of the vocabulary")
         stages.append(Stage("total", Reduce("sum", c)))
-        loss -= _number(smoothing) * symbol("total") / vocab
+        loss -= constant(smoothing) * symbol("total") / vocab
     if ignore_index is not None:
         loss = select(eq(label, ignore_index), 0, loss)
     own_input = (Input("zy", SCALAR, dtype),) if gathered else ()
@@ -172,7 +172,7 @@ def loss_program(
 
 def normaliser_program(dtype: str, steps: Steps = ()) -> Program:
     """logsumexp over the vocabulary of a token's processed logits. Input: z [t, v]. Output: lse [t] in fp32."""
-    chain, c = _logit_stages(dtype, steps)
+    chain, c = logit_stages(dtype, steps)
     return Program((Input("z", ROW, dtype),), (*chain, Stage("lse", Reduce("logsumexp", c))), (Output("lse", "lse"),))
 
 
@@ -192,7 +192,7 @@ def with_gradient(program: Program) -> Program:
     known = {s.name for s in back.stages}
     stages = [*(s for s in program.stages if s.name not in known), *back.stages]
     inputs = {i.name: i for i in (*program.inputs, *back.inputs)}
-    return Program(tuple(inputs.values()), _ordered(stages, set(inputs)), (*program.outputs, *back.outputs)).pruned()
+    return Program(tuple(inputs.values()), ordered(stages, set(inputs)), (*program.outputs, *back.outputs)).pruned()
 
 
 def _substituted(stage: Stage, known: dict[sp.Symbol, sp.Expr]) -> Stage:
@@ -202,7 +202,7 @@ def _substituted(stage: Stage, known: dict[sp.Symbol, sp.Expr]) -> Stage:
     return replace(stage, value=sp.sympify(value).xreplace(known))
 
 
-def _ordered(stages: list[Stage], known: set[str]) -> tuple[Stage, ...]:
+def ordered(stages: list[Stage], known: set[str]) -> tuple[Stage, ...]:
     """The stages in an order in which each reads only earlier ones."""
     done: list[Stage] = []
     while stages:
@@ -213,13 +213,16 @@ def _ordered(stages: list[Stage], known: set[str]) -> tuple[Stage, ...]:
     return tuple(done)
 
 
-def row_pass(program: Program, vocab: int) -> Pass:
-    """``program`` over tokens t and lanes v: tensors [t, v] and [t], in the order of its inputs and outputs."""
+def row_pass(program: Program, lanes: Size, tables: Collection[str] = ()) -> Pass:
+    """``program`` over tokens t and lanes v: tensors [t, v] and [t], in the order of its inputs and outputs.
+
+    ``tables``: inputs [t, v] that are rows of a matrix [., v], those whose numbers [t] are the last operand.
+    """
     tokens = sp.Symbol("T", integer=True, nonnegative=True)
     t, v = Form.axis("t"), Form.axis("v")
 
     def place(wide: bool, number: int, dtype: str) -> tuple[Access, Operand]:
-        return Access(number, (t, v) if wide else (t,)), Operand((tokens, vocab) if wide else (tokens,), dtype)
+        return Access(number, (t, v) if wide else (t,)), Operand((tokens, lanes) if wide else (tokens,), dtype)
 
     loads: list[Access | None] = []
     reads: list[Operand] = []
@@ -227,7 +230,11 @@ def row_pass(program: Program, vocab: int) -> Pass:
         access, operand = place(i.kind.lanes, len(reads), i.dtype)
         loads.append(access if i.role == "data" else None)
         reads += [operand] if i.role == "data" else []
+    if tables:
+        found = Lookup(len(reads), 0)
+        names = [i.name for i in program.inputs if i.role == "data"]
+        reads = [*(replace(r, lookup=found) if n in tables else r for n, r in zip(names, reads)), Operand((tokens,), "i64")]
     placed = [place(program.out_kind(o).lanes, n, o.dtype) for n, o in enumerate(program.outputs)]
-    axes, lane = (Axis("t", tokens),), Axis("v", vocab)
+    axes, lane = (Axis("t", tokens),), Axis("v", lanes)
     stores, writes = tuple(a for a, _ in placed), tuple(w for _, w in placed)
     return Pass(program, axes, lane, tuple(loads), stores, tuple(reads), writes)

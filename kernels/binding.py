@@ -150,14 +150,6 @@ def fold_rows(part: Tensor, place: Placement) -> Tensor:
     return part.sum(over) if over else part
 
 
-def summed(part: Tensor, target: Tensor, place: Placement, lanes: int) -> None:
-    """Write the sum of [partials, lanes or 1] over its first axis to ``target``."""
-    if target.dtype is part.dtype and (part.shape[1] == lanes or not place.lane):
-        torch.sum(part, 0, out=target.as_strided((part.shape[1],), (place.lane,), target.storage_offset() + place.offset))
-    else:
-        put(target, place, part.sum(0), lanes)                            # out= would round before it sums
-
-
 def put(target: Tensor, place: Placement, total: Tensor, lanes: int) -> None:
     """Write a sum over rows, [kept row axes..., lanes or 1], to its places in ``target``; one value may go to every lane."""
     strides = [s for s in place.rows if s != 0] if total.dim() > 1 else []

@@ -6,6 +6,9 @@ import torch
 from slothc.gradients.plan import Lookup
 from torch import Tensor
 
+from .segments import segment_sum
+from .tracing import traced
+
 
 def look_up(table: Tensor, lookup: Lookup, index: Tensor) -> Tensor:
     """``table`` with one dimension read at ``index``: [..., *index's shape, ...], or the index's shape where each element has its own.
@@ -24,16 +27,24 @@ def counted(lookup: Lookup, index: Tensor, size: int) -> Tensor:
     return torch.where(index < 0, index + size, index) if lookup.signed else index
 
 
-def spread(gradient: Tensor, lookup: Lookup, index: Tensor, shape: torch.Size) -> Tensor:
-    """The table's gradient from that of its looked-up rows: rows that were read several times are summed, as eager sums them."""
+def spread(gradient: Tensor, lookup: Lookup, index: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """The table's gradient, in ``dtype``, from that of its looked-up rows: rows that were read several times are summed in fp32."""
     if lookup.along:
-        return gradient.new_zeros(shape).scatter_add(lookup.dim, index, gradient)
+        return gradient.new_zeros(shape).scatter_add(lookup.dim, index, gradient).to(dtype)
     if lookup.dim == 0:
-        rows, flat = gradient.reshape(index.numel(), -1), counted(lookup, index, shape[0]).reshape(-1)
-        skipped = -1 if lookup.skipped is None else lookup.skipped
-        return torch.ops.aten.embedding_dense_backward(rows, flat, shape[0], skipped, False).reshape(shape)
+        return _spread_rows(gradient.reshape(index.numel(), -1), lookup, index, shape[0], dtype).reshape(shape)
     places = [*[None] * lookup.dim, index]
     whole = torch.ops.aten.index_put(gradient.new_zeros(shape), places, gradient, True)
     if lookup.skipped is not None:
         whole.select(lookup.dim, lookup.skipped).zero_()
-    return whole
+    return whole.to(dtype)
+
+
+def _spread_rows(rows: Tensor, lookup: Lookup, index: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+    """[count, w] from rows [n, w], where rows are whole entries of the table's first dimension."""
+    if not traced(rows):
+        found = segment_sum(rows.contiguous(), index.reshape(-1), count, dtype, skipped=lookup.skipped, signed=lookup.signed)
+        if found is not None:
+            return found
+    flat, skipped = counted(lookup, index, count).reshape(-1), -1 if lookup.skipped is None else lookup.skipped
+    return torch.ops.aten.embedding_dense_backward(rows, flat, count, skipped, False).to(dtype)

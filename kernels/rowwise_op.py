@@ -76,7 +76,7 @@ def whole_gradient(plan: Plan, operand: int, gradient: Tensor, saved: Sequence[T
     if lookup is None:
         return gradient
     shape, dtype = of[operand]
-    return spread(gradient, lookup, saved[plan.saved_operands.index(lookup.index)], shape).to(dtype)
+    return spread(gradient, lookup, saved[plan.saved_operands.index(lookup.index)], shape, dtype)
 
 
 def _backward(plan: Plan, reads: Sequence[Tensor]) -> list[Tensor]:

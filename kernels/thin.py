@@ -25,7 +25,7 @@ from .triton_launch import available, memory, processors
 MOST = 3                      # matrices in one launch
 WIDEST = 64                   # columns of a thin matrix
 NARROW = 32                   # and of those that meet a gradient twice: the parts of d are a quarter of it then, in bytes
-BLOCK_M, BLOCK_N, STAGES, WARPS = 256, 64, 3, 4
+BLOCK_M, BLOCK_N, STAGES, WARPS = 256, 64, 4, 4
 PROGRAMS = 1                  # for each multiprocessor: more would not fit its shared memory, and leave more parts
 SPAN = 512                    # columns summed by a matrix unit beside fp32 factors: its running sum is cut short of fp32's rounding
 BLOCK, PARTS = 256, 8         # of the sum of parts
@@ -139,11 +139,11 @@ class _Record:
         options = dict(COUNT=self.count, ACROSS=bool(right), DOWN=left is not None, RANK=rank, BLOCK_M=block_m, BLOCK_N=BLOCK_N,
                        STAGES=_stages(x.device, 2 * block_m * BLOCK_N), num_warps=WARPS)  # fmt: skip
         self.read = Direct(_kernel("thin"), (blocks, sum(pieces)), numbers, options, x.device)
-        first = -(-m * r * self.count // BLOCK) if right else 0
+        first = -(-m * r // BLOCK) if right else 0                         # programs for each u_i
         last = -(-sum(sizes) * r // BLOCK) if left is not None else 0
-        numbers = [*three([float(s) for s in scales]), m, *three(sizes), *three(pieces), blocks, r, max(pieces), first]
-        options = dict(COUNT=self.count, TURNED=turned, BLOCK=BLOCK, PARTS=PARTS, num_warps=4)
-        self.sum = Direct(_kernel("add"), (first + last,), numbers, options, x.device)
+        numbers = [*three([float(s) for s in scales]), m, *three(sizes), *three(pieces), blocks, r, max(first, 1)]
+        options = dict(COUNT=self.count if right else 0, TURNED=turned, BLOCK=BLOCK, PARTS=PARTS, num_warps=4)
+        self.sum = Direct(_kernel("add"), (self.count * first + last,), numbers, options, x.device)
 
     def __call__(self, large: Sequence[Tensor], right: Sequence[Tensor], left: Tensor | None) -> list[Any]:
         parts = [torch.empty(n, dtype=torch.float32, device=self.device) for n in self.parts]

@@ -65,38 +65,39 @@ def thin(g0, g1, g2, b0, b1, b2, t, u, d, M, N0, N1, N2, C0, C1, CHUNK, R, sg0, 
 
 
 @triton.jit
-def _pick(which, one, two, three):
-    return tl.where(which == 0, one, tl.where(which == 1, two, three))
+def _total(parts, at, ok, size, count, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """The sum over k < count of parts[k, at], parts [count, size]."""
+    part = tl.arange(0, PARTS)[:, None]
+    total = tl.zeros((BLOCK,), tl.float32)
+    for k in range(0, count, PARTS):
+        total += tl.sum(tl.load(parts + (k + part).to(tl.int64) * size + at[None, :], mask=ok[None, :] & (k + part < count), other=0.0), 0)
+    return total
 
 
-@triton.jit(do_not_specialize=["M", "C0", "C1", "C2", "BLOCKS", "WIDTH", "FIRST", "s0", "s1", "s2"])
-def add(u, d, across, down, s0, s1, s2, M, N0, N1, N2, C0, C1, C2, BLOCKS, R, WIDTH, FIRST, COUNT: tl.constexpr, TURNED: tl.constexpr,
+@triton.jit(do_not_specialize=["M", "C0", "C1", "C2", "BLOCKS", "FIRST", "s0", "s1", "s2"])
+def add(u, d, across, down, s0, s1, s2, M, N0, N1, N2, C0, C1, C2, BLOCKS, R, FIRST, COUNT: tl.constexpr, TURNED: tl.constexpr,
         BLOCK: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
     """Sums the parts that ``thin`` leaves, times s_i, and rounds: across [M, COUNT R] and down [sum N_i, R] (TURNED: [R, N_0]).
 
-    The first FIRST programs make ``across``. WIDTH: the most pieces that a g_i has.
+    COUNT times FIRST programs make ``across``, those of one g_i after those of another.
     """
-    part = tl.arange(0, PARTS)[:, None]
-    if tl.program_id(0) < FIRST:
-        at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        ok = at < M * COUNT * R
-        row, column = at // (COUNT * R), at % (COUNT * R)
-        which = column // R
-        start, count = _pick(which, 0, C0, C0 + C1), _pick(which, C0, C1, C2)
-        place = row.to(tl.int64) * R + column % R
-        total = tl.zeros((BLOCK,), tl.float32)
-        for k in range(0, WIDTH, PARTS):
-            here = ok[None, :] & (k + part < count[None, :])
-            total += tl.sum(tl.load(u + (start[None, :] + k + part).to(tl.int64) * M * R + place[None, :], mask=here, other=0.0), 0)
-        tl.store(across + at, (total * _pick(which, s0, s1, s2)).to(across.dtype.element_ty), mask=ok)
+    which, block = tl.program_id(0) // FIRST, tl.program_id(0) % FIRST
+    if which < COUNT:
+        at = block * BLOCK + tl.arange(0, BLOCK)
+        ok = at < M * R
+        start, count, scale = 0, C0, s0
+        if COUNT > 1:
+            if which >= 1:
+                start, count, scale = C0, C1, s1
+        if COUNT > 2:
+            if which >= 2:
+                start, count, scale = C0 + C1, C2, s2
+        total = _total(u + (M * R).to(tl.int64) * start, at, ok, M * R, count, PARTS, BLOCK)
+        tl.store(across + at // R * (COUNT * R) + which * R + at % R, (total * scale).to(across.dtype.element_ty), mask=ok)
     else:
         size = (N0 + N1 + N2) * R
-        at = (tl.program_id(0) - FIRST) * BLOCK + tl.arange(0, BLOCK)
+        at = (tl.program_id(0) - COUNT * FIRST) * BLOCK + tl.arange(0, BLOCK)
         ok = at < size
-        n = at // R
-        which = tl.zeros_like(n) if TURNED else (n >= N0).to(tl.int32) + (n >= N0 + N1).to(tl.int32)
-        total = tl.zeros((BLOCK,), tl.float32)
-        for k in range(0, BLOCKS, PARTS):
-            here = ok[None, :] & (k + part < BLOCKS)
-            total += tl.sum(tl.load(d + (k + part).to(tl.int64) * size + at[None, :], mask=here, other=0.0), 0)
-        tl.store(down + at, (total * _pick(which, s0, s1, s2)).to(down.dtype.element_ty), mask=ok)
+        total = _total(d, at, ok, size, BLOCKS, PARTS, BLOCK)
+        scales = tl.where(TURNED | (at < N0 * R), s0, tl.where(at < (N0 + N1) * R, s1, s2))
+        tl.store(down + at, (total * scales).to(down.dtype.element_ty), mask=ok)

@@ -63,6 +63,35 @@ def _logsumexp(x, ok):
 ''',
 }
 
+MOST_SUMS = 4         # in one reduction
+
+
+def _sums(count: int, together: bool) -> str:
+    """Sums over lanes of several blocks; ``together``: in one reduction, which threads wait for once."""
+    a, b = ([f"{x}{k}" for k in range(count)] for x in "ab")
+    if not together:
+        return f'''
+
+@triton.jit
+def _sums{count}({", ".join(a)}):
+    return {", ".join(f"tl.sum({x}, axis=1)[:, None]" for x in a)}
+'''
+    return f'''
+
+@triton.jit
+def _add{count}({", ".join(a + b)}):
+    return {", ".join(f"{x} + {y}" for x, y in zip(a, b))}
+
+
+@triton.jit
+def _sums{count}({", ".join(a)}):
+    {", ".join(a)} = tl.reduce(({", ".join(a)}), 1, _add{count})
+    return {", ".join(f"{x}[:, None]" for x in a)}
+'''
+
+
+HELPERS |= {f"_sums{count}": _sums(count, False) for count in range(2, MOST_SUMS + 1)}   # an interpreter adds several one by one
+
 # relative error 2^-11, a quarter of bfloat16's: one instruction from sm_75 on
 NVIDIA: dict[str, str] = {
     "_tanh8": '''
@@ -71,6 +100,7 @@ NVIDIA: dict[str, str] = {
 def _tanh8(x):
     return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 ''',
+    **{f"_sums{count}": _sums(count, True) for count in range(2, MOST_SUMS + 1)},
 }
 
 

@@ -13,8 +13,9 @@ import torch
 from slothc.gradients.plan import Pass
 from torch import Tensor
 
-from .binding import DTYPE, Bound, fold_rows, put, summed
+from .binding import DTYPE, Bound, fold_rows, put
 from .cache import load
+from .column_sums import ColumnSums
 from .direct import Direct
 from .records import Launch, Recorded, clear
 from .triton_pieces import block_names
@@ -25,8 +26,12 @@ ROW_LIMIT = 16384            # lanes of a row that one block holds: 16 warps x 3
 FUSION = False               # a b - a b is 0 as in eager: with one of the products in a fused multiply-add it is that product's rounding
 SPLIT, SMALLEST = 1024, 256  # lanes of a row that may lie in several blocks, and of the smallest of them
 MANY = 4 * 4096              # elements for each multiprocessor from which on a program of an elementwise pass takes 4,096
-STAGED = 96 << 10            # bytes of shared memory for rows on their way
-PROGRAMS_PER_PROCESSOR = 2   # persistent programs per multiprocessor for gradients summed over rows
+STAGES = 3                   # blocks of rows that a program has in hand or on their way, at most
+SCRATCH = 4 << 10            # bytes of shared memory that a program takes beside them
+PROGRAMS_PER_PROCESSOR = 4   # persistent programs per multiprocessor for gradients summed over rows, at most
+HELD = 18                    # elements that a thread of those holds of every value, at most
+REGISTERS = 1 << 16          # of a multiprocessor
+APART = 45                   # registers of a thread beside those for what it holds of rows and columns
 
 
 @functools.cache
@@ -93,11 +98,12 @@ def choose(p: Pass, bound: Bound, device: torch.device) -> Shape:
         warps = max(1, min(8, block_r * pieces[0] // 256))
     blocks = -(-rows // block_r)
     across = 1 if p.program.reductions else -(-lanes // pieces[0])
-    programs = blocks
+    programs, stages = blocks, 1
     if sums:
-        here = PROGRAMS_PER_PROCESSOR if sum(pieces) < 8192 or loop else 1
+        here = 2 if loop else _at_once(p, block_r * sum(pieces), warps)
         programs = min(blocks, max(1, processors(device) * here // min(across, 4)))
-    stages = _stages(p, block_r * sum(pieces), min(STAGED, memory(device) // 2)) if sums and not loop else 1
+        programs = -(-blocks // -(-blocks // programs))                    # as few as need not take a block more each
+        stages = 1 if loop else _stages(p, block_r * sum(pieces), memory(device) // here - SCRATCH)
     grid = (programs * across, 1) if flat(p) else (programs, across)
     return Shape(loop, block_r, pieces, warps, grid, programs if sums else 0, stages)
 
@@ -105,23 +111,33 @@ def choose(p: Pass, bound: Bound, device: torch.device) -> Shape:
 def _rows_and_warps(p: Pass, pieces: tuple[int, ...], sums: bool, most: int) -> tuple[int, int]:
     """Rows of a block that holds them whole, ``most`` at most, and warps: what was fastest for norms of 2,048 to 8,192 lanes.
 
-    A thread has 16 elements of a row in flight, and 32 where a second reduction waits for the first with little to read beside it, or
-    where the block is one of many that a program goes through.
+    A thread has 16 elements of a row in flight, and 32 where a second reduction waits for the first with little to read beside it. Where
+    it goes through many blocks it has ``HELD`` at most, and few warps wait for one another.
     """
     width = sum(pieces)
+    if sums:
+        rows = max(1, min(most, 2048 // width))
+        return rows, min(_power(-(-rows * width // (32 * HELD))), 16)
     streams = sum(i.role == "data" and i.kind.rows and i.kind.lanes for i in p.program.inputs)
-    waits = len(p.program.reductions) > 1 and (sums or streams == 1)
-    least = min(2 * width, 8192 if sums else 16384) if waits else 0
-    rows = max(1, min(most, max(4096 if sums else 2048, least) // width))
-    warps = rows * pieces[0] // (1024 if sums or waits else 512)
-    return rows, max(1, min(warps, 8 if waits and not sums else 16))
+    waits = len(p.program.reductions) > 1 and streams == 1
+    least = min(2 * width, 16384) if waits else 0
+    rows = max(1, min(most, max(2048, least) // width))
+    return rows, max(1, min(rows * pieces[0] // (1024 if waits else 512), 8 if waits else 16))
+
+
+def _at_once(p: Pass, elements: int, warps: int) -> int:
+    """Programs that a processor has the registers for: a thread holds sums, columns and rows, in fp32."""
+    values = sum(i.role == "data" and i.kind.lanes for i in p.program.inputs)
+    values += sum(o.over_rows and not p.folded(k) and p.program.kinds[o.value].lanes for k, o in enumerate(p.program.outputs))
+    thread = min(255, APART + values * elements // (32 * warps))
+    return max(1, min(PROGRAMS_PER_PROCESSOR, REGISTERS // (32 * warps * thread)))
 
 
 def _stages(p: Pass, elements: int, most: int) -> int:
-    """Blocks of rows on their way at once: three where their shared memory leaves room for the other program of the processor."""
+    """Blocks of rows in hand or on their way: the one in hand is in registers, the others in ``most`` bytes of shared memory."""
     rows = [p.reads[a.tensor].dtype for i, a in zip(p.program.inputs, p.loads) if a is not None and i.kind.rows and i.kind.lanes]
     size = elements * sum(DTYPE[d].itemsize for d in rows)
-    return next((n for n in (3, 2) if n * size <= most), 1)
+    return max(1, min(STAGES, 1 + most // max(1, size)))
 
 
 def _pieces(lanes: int) -> tuple[int, ...]:
@@ -179,7 +195,9 @@ class TritonLauncher(Recorded):
                   for k, (o, place) in enumerate(zip(outputs, bound.stores)) if o.over_rows]  # fmt: skip
         totals.sort(key=lambda t: t[0])                                   # as the kernel's arguments: column sums, then folds
         blocks = dict(zip(block_names(len(shape.blocks_l)), shape.blocks_l))
-        options = dict(BLOCK_R=shape.block_r, **blocks, WIDE=bound.wide, num_warps=shape.warps, enable_fp_fusion=FUSION)
+        even_r, even_l = _even(shape, bound)
+        options = dict(BLOCK_R=shape.block_r, **blocks, WIDE=bound.wide, EVEN_R=even_r, EVEN_L=even_l,
+                       num_warps=shape.warps, enable_fp_fusion=FUSION)  # fmt: skip
         if staged(p, shape.loop):
             options["STAGES"] = shape.stages
         run = Direct(kernel, shape.grid, integers, options, device)
@@ -188,17 +206,22 @@ class TritonLauncher(Recorded):
             return lambda reads, writes: run(pick((*reads, *writes)))
         make = torch.zeros if shape.loop else torch.empty
         sizes = [(*(bound.shape if fold else (shape.partials,)), w) for fold, w, _ in totals]
+        sums = [(place, w) for fold, w, place in totals if not fold]
+        add = ColumnSums(sums, shape.partials, bound.lanes, device, INTERPRET)
 
         def launch(reads: Sequence[Tensor], writes: Sequence[Tensor]) -> None:
             partial = [make(size, dtype=torch.float32, device=device) for size in sizes]
             run((*pick((*reads, *writes)), *partial))
-            for (fold, _, place), part in zip(totals, partial):
-                if fold:
-                    put(writes[place.tensor], place, fold_rows(part, place), bound.lanes)
-                else:
-                    summed(part, writes[place.tensor], place, bound.lanes)
+            add(partial[: len(sums)], writes)
+            for (_, _, place), part in zip(totals[len(sums) :], partial[len(sums) :]):
+                put(writes[place.tensor], place, fold_rows(part, place), bound.lanes)
 
         return launch
+
+
+def _even(shape: Shape, bound: Bound) -> tuple[bool, bool]:
+    """Whether no block reaches over the last row, and none over a row's end. Rows that 16 divides have a kernel of their own anyway."""
+    return bound.rows % max(16, shape.block_r) == 0 or shape.block_r == 1, bound.lanes % sum(shape.blocks_l) == 0
 
 
 def _picker(reads: Sequence[int], writes: Sequence[int]) -> Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]:

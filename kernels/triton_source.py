@@ -18,7 +18,7 @@ from slothc.gradients.program import Input, Output, Reduce, Stage
 
 from .binding import DTYPE
 from .expression import TRITON, render
-from .triton_helpers import DIALECT, module, tanh8
+from .triton_helpers import DIALECT, MOST_SUMS, module, tanh8
 from .triton_pieces import COMBINED, block_names, in_pieces
 
 ELEMENT = {"fp32": "tl.float32", "bf16": "tl.bfloat16", "fp16": "tl.float16", "fp64": "tl.float64", "i64": "tl.int64", "i32": "tl.int32",
@@ -140,9 +140,9 @@ class _Kernel:
         sizes = [i.name for i in self.program.inputs if i.role == "size"]
         yield "@triton.jit"
         yield f"def {name}({', '.join([*pointers, *integers, *sizes, 'ROWS', 'LANES'])},"
-        constants = ("BLOCK_R", *block_names(pieces), "WIDE", *(("STAGES",) if staged(self.p, loop) else ()))
+        constants = ("BLOCK_R", *block_names(pieces), "WIDE", "EVEN_R", "EVEN_L", *(("STAGES",) if staged(self.p, loop) else ()))
         yield f"{' ' * (5 + len(name))}{', '.join(f'{c}: tl.constexpr' for c in constants)}):"
-        lines = self._loop() if loop else self._tile()
+        lines = self._loop() if loop else self._tile(pieces == 1)
         if pieces > 1:
             lines = in_pieces(lines, self._lanewise(), self._reduced(), pieces)
         yield from ("    " + line for line in lines)
@@ -161,7 +161,7 @@ class _Kernel:
 
     def _rows(self) -> Iterator[str]:
         yield "row = block * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]"
-        yield "row_ok = row < ROWS"
+        yield "row_ok = (row < ROWS) | EVEN_R"
         yield "if WIDE:"
         yield "    row = row.to(tl.int64)"
         rest = "row"
@@ -175,7 +175,7 @@ class _Kernel:
 
     def _lanes(self, start: str) -> Iterator[str]:
         yield f"lane = {start} + tl.arange(0, BLOCK_L)[None, :]"
-        yield "lane_ok = lane < LANES"
+        yield "lane_ok = (lane < LANES) | EVEN_L"
         yield "if WIDE:"
         yield "    lane = lane.to(tl.int64)"
 
@@ -250,10 +250,40 @@ class _Kernel:
             text = f"{text}.to({ELEMENT[stage.dtype]}).to(tl.float32)"
         return f"{stage.name} = {text}"
 
+    def _equations(self, whole: bool) -> Iterator[str]:
+        """All stages. Where a block is a ``whole`` row, sums of which none waits for another are one reduction: it costs one barrier."""
+        together = {s.name: group for group in self._together() for s in group} if whole else {}
+        done: set[str] = set()
+        for stage in self.program.stages:
+            if stage.name in done:
+                continue
+            group = together.get(stage.name, (stage,))
+            needed = self.program.needed({x.name for s in group for x in s.expr.free_symbols}) - done
+            before = [s for s in self.program.stages if s.name in needed]
+            yield from map(self._equation, before)
+            done |= {s.name for s in (*before, *group)}
+            if len(group) == 1:
+                yield self._equation(stage)
+            else:
+                terms = ", ".join(self._term(s.expr) for s in group)
+                yield f"{', '.join(s.name for s in group)} = _sums{len(group)}({terms})"
+
+    def _together(self) -> Iterator[tuple[Stage, ...]]:
+        """Sums over the same rows and lanes that are as deep as one another."""
+        depth = self.program.depth
+        sums = [s for s in self.program.reductions if isinstance(s.value, Reduce) and s.value.op == "sum" and self.kinds[s.name].rows]
+        for level in sorted({depth[s.name] for s in sums}):
+            alike = [s for s in sums if depth[s.name] == level]
+            yield from (tuple(alike[k : k + MOST_SUMS]) for k in range(0, len(alike), MOST_SUMS))
+
+    @staticmethod
+    def _term(body: sp.Expr) -> str:
+        return f"tl.where(lane_ok, {render(body, TRITON)}, 0.0)"
+
     def _reduction(self, value: Reduce) -> str:
         body = render(value.body, TRITON)
         if value.op == "sum":
-            return f"tl.sum(tl.where(lane_ok, {body}, 0.0), axis=1)[:, None]"
+            return f"tl.sum({self._term(value.body)}, axis=1)[:, None]"
         top = f"tl.max(tl.where(lane_ok, {body}, -float('inf')), axis=1)[:, None]"
         if value.op == "max":
             return top
@@ -269,8 +299,7 @@ class _Kernel:
 
     # kernels
 
-    def _tile(self) -> Iterator[str]:
-        stages = self.program.stages
+    def _tile(self, whole: bool) -> Iterator[str]:
         needed = set(self.kinds)
         first = "tl.program_id(1) * BLOCK_L"
         if flat(self.p):                                                  # neighbours in a row are neighbours in time
@@ -285,18 +314,18 @@ class _Kernel:
         else:
             yield f"block = tl.program_id(0){' // across' if flat(self.p) else ''}"
         pad = "    " if self.sums else ""
-        for line in (*self._rows(), *self._inputs(needed, rows=True), *(self._equation(s) for s in stages)):
+        for line in (*self._rows(), *self._inputs(needed, rows=True), *self._equations(whole)):
             yield pad + line
         for out in self.sums:
-            yield f"{pad}acc_{out.name} += tl.sum(tl.where({self._sum_mask(out)}, {out.value}, 0.0), axis=0)[None, :]"
+            yield f"{pad}acc_{out.name} += tl.where({self._sum_mask(out)}, {out.value}, 0.0)"
         yield from (pad + line for out, access in self.direct for line in self._store(out, access))
         for out in self.parts:
             yield pad + self._store_part(out)
-        for out in self.sums:
-            yield self._store_sum(out, f"acc_{out.name}")
+        for out in self.sums:                                             # rows meet once: in the loop they would at a barrier
+            yield self._store_sum(out, f"tl.sum(acc_{out.name}, axis=0)[None, :]")
 
     def _sum_shape(self, out: Output) -> str:
-        return "(1, BLOCK_L)" if self.kinds[out.value].lanes else "(1, 1)"
+        return "(BLOCK_R, BLOCK_L)" if self.kinds[out.value].lanes else "(BLOCK_R, 1)"
 
     def _sum_mask(self, out: Output) -> str:
         return "row_ok & lane_ok" if self.kinds[out.value].lanes else "row_ok"

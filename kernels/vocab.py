@@ -5,7 +5,8 @@
 An adapted head has H W^T + b + s L U^T, one value that is rounded once.
 
 The forward computes the gradients too, while a chunk's logits are at hand (the idea of Liger's fused loss); the
-backward only scales them. ``reduction="none"`` with a trained weight is the exception: what each token's gradient is
+backward only scales them. Where only hidden's gradient is wanted, a device with Triton needs no more than a block of the
+vocabulary at a time (``vocab_blocks``). ``reduction="none"`` with a trained weight is the exception: what each token's gradient is
 multiplied by is known in the backward only, so the logits are made once more there.
 """
 
@@ -18,6 +19,7 @@ import torch
 from slothc.gradients.vocabulary import Chain
 from torch import Tensor
 
+from . import vocab_blocks
 from .binding import DTYPE
 from .once import once_differentiable
 from .packed import Packed, packs
@@ -148,7 +150,11 @@ def _forward(
     bad = _labels_out_of_range(labels, given[1].shape[0], loss.ignore_index)
     now = wants if _in_forward(loss, wants) else Wants()
     with no_autocast(given[0].device):
-        losses, grads = losses_and_gradients(_operands(given, labels, scale, loss), loss, now, pack)
+        ops = _operands(given, labels, scale, loss)
+        if vocab_blocks.takes(ops, loss, now):
+            losses, grads = vocab_blocks.losses_and_gradients(ops, loss, pack)
+        else:
+            losses, grads = losses_and_gradients(ops, loss, now, pack)
     value, factor = _reduced(losses, labels, bad, loss)
     return value.to(loss.dtype), factor, grads
 

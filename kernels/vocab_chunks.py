@@ -118,15 +118,15 @@ def losses_and_gradients(ops: Operands, loss: Loss, wants: Wants, pack: bool = F
 
     ``pack``: hidden's as a ``Packed``.
     """
-    whole, keep, ops = ops, *_counting(ops, loss)
+    whole, keep, ops = ops, *counting(ops, loss)
     losses = ops.hidden.new_empty(ops.hidden.shape[0], dtype=torch.float32)
-    grads = _empty_gradients(ops, wants, pack and wants.hidden)
+    grads = empty_gradients(ops, wants, pack and wants.hidden)
     mode = "both" if any(wants) else "value"
     for start, stop, h, z in _chunks(ops, wants):
         run_rows(loss, mode, z, ops.rows(start, stop), losses=losses[start:stop])
         if any(wants):
             _add_chunk(grads, ops, start, stop, h, z)
-    return _spread(losses, keep, whole), _finished(grads, keep, whole)
+    return spread(losses, keep, whole), finished(grads, keep, whole)
 
 
 def greatest(ops: Operands, chain: Chain) -> Tensor:
@@ -137,16 +137,16 @@ def greatest(ops: Operands, chain: Chain) -> Tensor:
 
 def gradients(ops: Operands, loss: Loss, upstream: Tensor, wants: Wants) -> Gradients:
     """The gradients of sum_t upstream[t] * loss[t], logits made anew. ``upstream``: [n] in fp32."""
-    whole, keep, ops = ops, *_counting(ops, loss)
+    whole, keep, ops = ops, *counting(ops, loss)
     upstream = upstream if keep is None else upstream[keep]
-    grads = _empty_gradients(ops, wants)
+    grads = empty_gradients(ops, wants)
     for start, stop, h, z in _chunks(ops, wants):
         run_rows(loss, "gradient", z, ops.rows(start, stop), upstream=upstream[start:stop])
         _add_chunk(grads, ops, start, stop, h, z)
-    return _finished(grads, keep, whole)
+    return finished(grads, keep, whole)
 
 
-def _counting(ops: Operands, loss: Loss) -> tuple[Tensor | None, Operands]:
+def counting(ops: Operands, loss: Loss) -> tuple[Tensor | None, Operands]:
     """The numbers of the tokens that count and the operands for those alone; (None, ops) where that saves nothing.
 
     An ignored token costs no matrix product on a CPU. Elsewhere, their number is known to the device only.
@@ -160,21 +160,21 @@ def _counting(ops: Operands, loss: Loss) -> tuple[Tensor | None, Operands]:
     return keep, replace(ops, hidden=ops.hidden[keep], labels=ops.labels[keep], low=low)
 
 
-def _spread(t: Tensor, keep: Tensor | None, whole: Operands) -> Tensor:
+def spread(t: Tensor, keep: Tensor | None, whole: Operands) -> Tensor:
     """Rows ``keep`` of a tensor for all tokens, zeros elsewhere."""
     return t if keep is None else t.new_zeros(whole.hidden.shape[0], *t.shape[1:]).index_copy_(0, keep, t)
 
 
-def _finished(grads: Gradients, keep: Tensor | None, whole: Operands) -> Gradients:
+def finished(grads: Gradients, keep: Tensor | None, whole: Operands) -> Gradients:
     """The tokens' gradients for all tokens, the adapter's times its scale."""
-    hidden, low, rest = (None if g is None else _spread(g, keep, whole) for g in (grads.hidden, grads.low, grads.rest))
+    hidden, low, rest = (None if g is None else spread(g, keep, whole) for g in (grads.hidden, grads.low, grads.rest))
     for g in (low, grads.up):
         if g is not None:
             g.mul_(whole.scale)
     return grads._replace(hidden=hidden, low=low, rest=rest)
 
 
-def _empty_gradients(ops: Operands, wants: Wants, pack: bool = False) -> Gradients:
+def empty_gradients(ops: Operands, wants: Wants, pack: bool = False) -> Gradients:
     make = torch.zeros if ops.hidden.shape[0] == 0 else torch.empty
     like = (ops.hidden, ops.weight, ops.weight[:, 0], ops.low, ops.up)
     asked = (not pack, *wants[1:]) if wants.hidden else wants

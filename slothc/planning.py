@@ -17,6 +17,7 @@ from slothc.gradients.geometry import Access, Axis, Form, Size
 from slothc.gradients.plan import Lookup, Operand, Pass, Plan
 from slothc.gradients.program import Input, Output, Program, symbol
 from slothc.gradients.reverse import NotDifferentiable, derive
+from slothc.gradients.zero_sums import without_zero_sums
 
 from .lift import CannotLift, Lifted
 from .lift_forms import same
@@ -219,6 +220,7 @@ def _joined(forward: Pass, backward: Program, wrt: tuple[int, ...], lasting: tup
     whole_results = _whole(forward, rounded, lasting)
     stored = sorted(saved_stages(forward.program, backward, whole_results.keys()), key=[s.name for s in forward.program.stages].index)
     backward = _reading(backward, {n: Input(n, forward.program.kinds[n], rounded[n], differentiable=False) for n in stored})
+    backward = without_zero_sums(backward, forward.program, dict(forward.sizes), forward.lane.size)
     load = dict(zip((i.name for i in forward.program.inputs), forward.loads))
     read = {a.tensor for i in backward.inputs if (a := load.get(i.name)) is not None}
     tables = {t: lookup for t in (*read, *wrt) if (lookup := forward.reads[t].lookup)}

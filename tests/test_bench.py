@@ -59,6 +59,13 @@ def test_thin_products_are_measured_beside_the_librarys() -> None:
     assert len(run.stdout.splitlines()) == 14
 
 
+def test_sums_by_an_index_are_measured_beside_pytorchs() -> None:
+    pytest.importorskip("triton")
+    run = script("segments.py", "--device", "cpu", "--scale", "2048", TRITON_INTERPRET="1")
+    assert run.returncode == 0, run.stderr
+    assert len(run.stdout.splitlines()) == 2 + 8
+
+
 def test_unknown_systems_are_refused_by_name() -> None:
     run = script("train.py", "--systems", "eager,magic")
     assert run.returncode == 2

@@ -6,6 +6,7 @@ import pytest
 import torch
 from slothc.gradients.vocabulary import Chain
 from slothc.kernels.triton_launch import available
+from torch.utils._python_dispatch import TorchDispatchMode
 
 TINY = {torch.float32: 1e-6, torch.bfloat16: 1e-4, torch.float16: 1e-4}
 CHAINS = {
@@ -17,6 +18,7 @@ CHAINS = {
 }
 DRAWS = 5
 INTERPRETED = available(torch.device("cpu"))
+TRUNCATED = INTERPRETED and not torch.cuda.is_available()
 
 
 def draw(seed, dtype, device="cpu", n=41, d=24, v=257, bias=True):
@@ -41,11 +43,26 @@ def run(loss_of, operands, upstream):
     return [loss.detach(), *torch.autograd.grad(total, leaves)]
 
 
-def assert_contract(draws, dtype):
-    if dtype == torch.bfloat16 and INTERPRETED and not torch.cuda.is_available():
+def assert_contract(draws, dtype, truncated=TRUNCATED):
+    if dtype == torch.bfloat16 and truncated:
         pytest.skip("the Triton interpreter rounds to bfloat16 towards zero")
     for results in zip(*(zip(*d) for d in draws)):
         norm = sum(float(t.double().norm()) ** 2 for _, _, t in results) ** 0.5 or 1.0
         ours, theirs = (sum(float((r[k].double() - r[2]).norm()) ** 2 for r in results) ** 0.5 / norm for k in (0, 1))
         assert ours <= 1.10 * theirs + TINY[dtype], (ours, theirs)
         assert all(r[0].dtype == r[1].dtype and r[0].shape == r[1].shape for r in results)
+
+
+class Allocations(TorchDispatchMode):
+    """The bytes of the largest tensor that any operation made."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(t, torch.Tensor):
+                self.largest = max(self.largest, t.untyped_storage().nbytes())
+        return out

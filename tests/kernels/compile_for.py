@@ -1,8 +1,8 @@
 """Compiles the kernels of representative plans and those of attention for one GPU target, on a machine that needs no GPU:
 ``compile_for.py cuda 90 32``, or with ``0/2`` behind it only every other form's plans, with ``1/2`` the others'.
 
-Prints one JSON line for each kernel: whose it is ("rows", "tiles", "thin", "packed" or "scores"), its name, whether it compiled, bytes
-of shared memory and how many it may have, and the error's text.
+Prints one JSON line for each kernel: whose it is ("rows", "heads", "tiles", "thin", "packed", "segments", "rescaled" or "scores"),
+its name, whether it compiled, bytes of shared memory and how many it may have, and the error's text.
 """
 
 # ruff: noqa: E402
@@ -23,7 +23,24 @@ from compile_scores import kernels
 from contract import case
 from forms import FORMS
 from slothc.gradients.plan import Pass
-from slothc.kernels import cache, joined, joined_kernel, packed, packed_kernel, thin, thin_kernel, triton_pieces, triton_source
+from slothc.kernels import (
+    cache,
+    column_sums,
+    column_sums_kernel,
+    joined,
+    joined_kernel,
+    packed,
+    packed_kernel,
+    rescaled,
+    rescaled_kernel,
+    segments,
+    segments_kernel,
+    thin,
+    thin_kernel,
+    triton_pieces,
+    triton_source,
+    vocab_blocks,
+)
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -48,12 +65,20 @@ def plans() -> Iterator[tuple[str, Pass, triton_source.Groups, bool, int]]:
                     yield f"{f.name} {label}, in blocks", p, apart, False, 2
 
 
+def heads() -> Iterator[tuple[str, Pass, triton_source.Groups, bool, int]]:
+    """A frozen head's: blocks of logits with a maximum and without one, and what comes after them."""
+    for chain in ("bf16; cast fp32", "bf16; div 30.0 bf16; tanh bf16; mul 30.0 bf16", "fp32"):
+        for loop, pieces in ((False, 1), (False, 2), (True, 1)):
+            yield f"block of {chain}{', long' * loop}", vocab_blocks.block_plan(chain), ((0,),), loop, pieces
+        yield f"closing of {chain}", vocab_blocks.closing_plan(chain, -100), ((0,),), False, 1
+
+
 def signature(p: Pass, kernel: Any) -> dict[str, str]:
     """The type of each argument of the kernel."""
     types = {f"in{t}": POINTER[o.dtype] for t, o in enumerate(p.reads)} | {f"out{t}": POINTER[o.dtype] for t, o in enumerate(p.writes)}
     found = {}
     for name in kernel.arg_names:
-        if name.startswith("BLOCK_") or name in ("WIDE", "STAGES"):
+        if name.startswith(("BLOCK_", "EVEN_")) or name in ("WIDE", "STAGES"):
             found[name] = "constexpr"
         elif name.startswith(("sum_", "part_")):
             found[name] = "*fp32"
@@ -66,6 +91,7 @@ def planned(name: str, p: Pass, groups: triton_source.Groups, loop: bool, pieces
     kernel = cache.load("compile_for", triton_source.source(p, groups, loop, pieces=pieces, nvidia=target.backend == "cuda")).kernel
     lanes = dict(zip(triton_pieces.block_names(pieces), (1024 if loop else 64, 16)))
     values = {"BLOCK_R": 1 if loop else 2, **lanes, "WIDE": "layer_norm" in name, "STAGES": 3}
+    values |= {"EVEN_R": pieces == 1, "EVEN_L": pieces == 1}
     return built(name, kernel, signature(p, kernel), values, {"num_warps": 4}, SMALL, target)
 
 
@@ -112,6 +138,32 @@ def packing() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[s
     yield "scaled", scaled, types, {"EACH": True, "BLOCK": packed.BLOCK}, {"num_warps": 4}, SMALL
 
 
+def partial_sums() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any], int]]:
+    for out, rows in (("bf16", 256), ("fp32", 1024)):
+        values = {"COUNT": column_sums.COUNT, "BLOCK_P": rows, "BLOCK_L": column_sums.LANES, "step0": 1, "stride0": 1}
+        types = dict.fromkeys(column_sums_kernel.column_sums.arg_names, "i32") | dict.fromkeys(("p0", "p1", "p2", "p3"), "*fp32")
+        types |= dict.fromkeys(("y0", "y1", "y2", "y3"), POINTER[out]) | dict.fromkeys(values, "constexpr")
+        yield f"column sums {out}", column_sums_kernel.column_sums, types, values, {"num_warps": rows * column_sums.LANES // 1024}, SMALL
+
+
+def segment_sums() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any], int]]:
+    """count, place and total: both widths of an index, one that counts from the end."""
+    tables = dict.fromkeys(("counts", "sums", "before", "order"), "*i32") | {"rows": "*fp32", "out": "*bf16"}
+    wholes = {"LENGTH": segments.LENGTH, "MINE": segments.MINE, "OTHERS": segments.OTHERS, "BLOCK": segments.BLOCK, "ROWS": 4}
+    for kernel in (segments_kernel.count, segments_kernel.place, segments_kernel.total):
+        for index, signed in (("*i64", True), ("*i32", False)) if "index" in kernel.arg_names else (("", False),):
+            known = wholes | {"SIGNED": signed, "STAGES": segments.STAGES}
+            known |= {"BLOCK": segments.TILE // 4} if kernel is segments_kernel.total else {}
+            values = {a: v for a, v in known.items() if a in kernel.arg_names}
+            types = {a: "constexpr" if a in values else index if a == "index" else tables.get(a, "i32") for a in kernel.arg_names}
+            yield f"{kernel.__name__} {index}", kernel, types, values, {"num_warps": 4}, SMALL
+
+
+def rescaling() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any], int]]:
+    types = {"a": "*fp32", "by": "*fp32", "WIDTH": "i32", "BLOCK": "constexpr"}
+    yield "rescale", rescaled_kernel.rescale, types, {"BLOCK": rescaled.BLOCK}, {"num_warps": 4}, SMALL
+
+
 def built(
     name: str, kernel: Any, types: dict[str, str], values: dict[str, Any], options: dict[str, Any], limit: int, target: GPUTarget
 ) -> dict[str, Any]:
@@ -135,12 +187,20 @@ def main(backend: str, arch: str, warp: str, part: str = "0/1") -> None:
     mine, parts = map(int, part.split("/"))
     for plan in (p for k, p in enumerate(plans()) if k // 2 % parts == mine):
         print(json.dumps({"of": "rows", **planned(*plan, target)}), flush=True)
+    for plan in heads():
+        print(json.dumps({"of": "heads", **planned(*plan, target)}), flush=True)
     for kernel in tiles() if arch == "90" else ():                         # they need Hopper's copy engine
         print(json.dumps({"of": "tiles", **built(*kernel, target)}), flush=True)
     for kernel in thin_products(backend) if arch not in ("75", "80") else ():   # Turing's take the library, Ampere's are as Hopper's
         print(json.dumps({"of": "thin", **built(*kernel, target)}), flush=True)
+    for kernel in partial_sums():
+        print(json.dumps({"of": "sums", **built(*kernel, target)}), flush=True)
     for kernel in packing():
         print(json.dumps({"of": "packed", **built(*kernel, target)}), flush=True)
+    for kernel in segment_sums():
+        print(json.dumps({"of": "segments", **built(*kernel, target)}), flush=True)
+    for kernel in rescaling():
+        print(json.dumps({"of": "rescaled", **built(*kernel, target)}), flush=True)
     for kernel in kernels(arch):
         print(json.dumps({"of": "scores", **built(*kernel, target)}), flush=True)
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from slothc.gradients.plan import Pass
+from slothc.kernels import triton_launch
 from slothc.kernels.triton_launch import ROW_LIMIT, choose
 from slothc.kernels.triton_source import source
 from slothc.kernels.vocab_rows import Loss, row_plan
@@ -35,6 +36,26 @@ def test_blocks_hold_what_there_is(rule: str, direction: str) -> None:
             covered = s.grid[0] * s.grid[1] * s.blocks_l[0] if not p.program.reductions else held
             assert s.partials or s.loop or (s.grid[0] * s.grid[1] >= blocks and covered >= lanes)
             assert s.partials in (0, s.grid[0]) and s.grid[0] <= blocks * max(1, -(-lanes // s.blocks_l[0]))
+
+
+@pytest.mark.parametrize("lanes, rows, warps, programs", [(128, 16, 4, 4), (2048, 1, 4, 4), (4096, 1, 8, 2), (8192, 1, 16, 1)])
+@pytest.mark.parametrize("rule", ["rms_norm", "layer_norm"])
+def test_a_persistent_grid_fills_a_processor(
+    rule: str, lanes: int, rows: int, warps: int, programs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """18 elements of every value a thread at most, as many programs as registers hold, rows on their way in their part of shared memory."""
+    monkeypatch.setattr(triton_launch, "processors", lambda device: 132)
+    monkeypatch.setattr(triton_launch, "memory", lambda device: 227 << 10)
+    p = catalogue.lifted(rule)[0][1].backward
+    assert p is not None
+    bound: Any = SimpleNamespace(rows=8192, lanes=lanes)
+    s = choose(p, bound, torch.device("cpu"))
+    assert (s.block_r, s.warps) == (rows, warps)
+    blocks, most = 8192 // rows, 132 * programs
+    assert s.partials <= most and -(-blocks // s.partials) == -(-blocks // most)
+    size = rows * lanes * sum(4 if "fp32" in str(p.reads[a.tensor]) else 2 for i, a in zip(p.program.inputs, p.loads)
+                              if a is not None and i.kind.rows and i.kind.lanes)  # fmt: skip
+    assert s.stages >= 2 and programs * (s.stages - 1) * size < 227 << 10
 
 
 def test_a_tanh_to_16_bits_only_where_everything_behind_it_is_rounded_to_them() -> None:

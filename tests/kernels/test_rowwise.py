@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import sympy as sp
 import torch
-from contract import DRAWS, SLACK, Case, case, hold, run
+from contract import DRAWS, SLACK, Case, Errors, case, hold, run
 from forms import FORMS, Form, form
 from slothc.gradients.geometry import Access, Axis
 from slothc.gradients.geometry import Form as Map
@@ -135,6 +135,42 @@ def test_blocks_of_a_row() -> None:
     found = [triton_launch._pieces(n) for n in (1000, 1024, 1100, 2304, 2880, 3072, 3584, 7168)]
     expected = [(1024,), (1024,), (1024, 256), (2048, 256), (2048, 1024), (2048, 1024), (2048, 1024, 512), (4096, 2048, 1024)]
     assert found == expected
+
+
+@pytest.mark.parametrize("change", ["masks", "sums together"])
+@pytest.mark.parametrize("name", LONG)
+def test_what_costs_less_changes_nothing(name: str, change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks that end where rows do need no masks; sums of which none waits for another are one reduction."""
+    f = form(name)
+    c = lifted(f, torch.float32)
+    arguments = f.draw(torch.float32, DEVICE, rows=32, lanes=64)
+    cotangents = run(f.function, arguments).cotangents
+    found = c.values("triton")(arguments, cotangents)
+    if change == "masks":
+        monkeypatch.setattr(triton_launch, "_even", lambda shape, bound: (False, False))
+    else:
+        monkeypatch.setattr(triton_launch, "nvidia", lambda: not CUDA)
+    monkeypatch.setattr(rowwise, "_launchers", {})
+    for key, value in c.values("triton")(arguments, cotangents).items():
+        torch.testing.assert_close(value, found[key], rtol=0 if change == "masks" else 1e-5, atol=0 if change == "masks" else 1e-5)
+
+
+@pytest.mark.parametrize("lowering", LOWERINGS)
+@pytest.mark.parametrize("mean", [0.0, 100.0])
+def test_a_layer_norm_whose_gradient_cancels(mean: float, lowering: str) -> None:
+    """Upstream is the result: in every lane what comes through the spread is what comes directly. No sum of zeros is left to help."""
+    c, errors = lifted(form("layer_norm"), torch.float32), Errors()
+
+    def once() -> None:
+        x, w, b = torch.randn(2, 32, 256, device=DEVICE) + mean, torch.ones(256, device=DEVICE), torch.zeros(256, device=DEVICE)
+        reference = run(c.function, (x, w, b))
+        upstream = [reference.values["result 0"]]
+        eager, exact = run(c.function, (x, w, b), upstream), run(c.function, (x, w, b), upstream, wide=True)
+        for name, value in c.values(lowering)((x, w, b), upstream).items():
+            errors.add(name, value, eager.values[name], exact.values[name])
+
+    torch.manual_seed(5)
+    errors.over(once)
 
 
 @pytest.mark.parametrize("name", ["softmax", "log_softmax", "largest"])

@@ -14,8 +14,7 @@ from slothc.kernels.torch_lowering import TorchLauncher
 from slothc.kernels.triton_launch import TritonLauncher
 from slothc.kernels.vocab import NAMES, _gradients_op, _op, linear_argmax, linear_cross_entropy, linear_logsumexp
 from slothc.kernels.vocab_chain import logits, picked
-from torch.utils._python_dispatch import TorchDispatchMode
-from vocab_case import CHAINS, DRAWS, INTERPRETED, TINY, assert_contract, draw, in_double, run
+from vocab_case import CHAINS, DRAWS, INTERPRETED, TINY, Allocations, assert_contract, draw, in_double, run
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else ["cpu"]
 
@@ -202,21 +201,6 @@ def test_fp16_gradients_do_not_underflow():
     truth = torch.autograd.grad(F.cross_entropy(F.linear(h64, w64), labels, reduction="sum") * 16, (h64, w64))
     for a, b in zip(found, truth):
         assert (a.double() - b).norm() / b.norm() < 2e-3
-
-
-class Allocations(TorchDispatchMode):
-    """The bytes of the largest tensor that any operation made."""
-
-    def __init__(self):
-        super().__init__()
-        self.largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for t in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(t, torch.Tensor):
-                self.largest = max(self.largest, t.untyped_storage().nbytes())
-        return out
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

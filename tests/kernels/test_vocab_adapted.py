@@ -83,8 +83,8 @@ def test_only_what_is_trained_gets_a_gradient(reduction, trained):
 def test_a_frozen_weight_gets_no_buffer(monkeypatch):
     *ops, labels, _ = draw(0, torch.float32)
     seen = []
-    made = vocab_chunks._empty_gradients
-    monkeypatch.setattr(vocab_chunks, "_empty_gradients", lambda *a: seen.append(made(*a)) or seen[-1])
+    made = vocab_chunks.empty_gradients
+    monkeypatch.setattr(vocab_chunks, "empty_gradients", lambda *a: seen.append(made(*a)) or seen[-1])
     low, up = adapter(0, torch.float32)
     linear_cross_entropy(*(t.detach() for t in ops), labels, adapter=(low, up, SCALE)).backward()
     assert [g is None for g in seen[0]] == [True, True, True, False, False, True]
