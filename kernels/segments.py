@@ -22,7 +22,7 @@ LENGTH, LONGEST = 1 << 10, 1 << 14   # elements of a block of the index, at leas
 COUNTS = 1 << 22     # of all blocks and rows: 16 MiB, twice
 MINE, OTHERS = 64, 128                 # that are compared with one another; a block is a multiple of both
 BLOCK = 256          # elements of the index that are put in their places by one program
-TILE, STAGES = 4096, 3               # elements of rows that a program has on their way at once, and how often
+TILE, STAGES = 4096, 3               # elements of rows that a program reads at once, and how often they are on their way to it
 KEPT = 256
 _records: dict[tuple[Any, ...], Direct] = {}
 _broken: set[torch.device] = set()
@@ -58,23 +58,27 @@ def _length(n: int, count: int) -> int | None:
 
 
 def _sorted(index: Tensor, count: int, length: int, skipped: int, signed: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(counts, sums, order): row v has the elements order[sums[v, 0] - counts[v, 0] : sums[v, -1]] of the index, in the index's order."""
+    """(counts [count x blocks], sums, order [2, n]): row v has the elements order[1, i] of the index, in the index's order, for i from
+    sums[v, 0] - counts[v, 0] to sums[v, -1].
+    """
     n, blocks = index.numel(), -(-index.numel() // length)
-    counts = torch.zeros(count, blocks, dtype=torch.int32, device=index.device)
-    before, order = torch.empty(2, n, dtype=torch.int32, device=index.device).unbind()
+    counts = torch.zeros(count * blocks, dtype=torch.int32, device=index.device)
+    order = torch.empty(2, n, dtype=torch.int32, device=index.device)     # first what each element has before it in its block
     numbers, options = (n, count, blocks, skipped), {"SIGNED": signed, "LENGTH": length}
-    _launch("count", (index, counts, before), (blocks, length // MINE), numbers, options | {"MINE": MINE, "OTHERS": OTHERS, "num_warps": 4})
-    sums = torch.cumsum(counts.view(-1), 0, dtype=torch.int32).view(count, blocks)
-    _launch("place", (index, counts, sums, before, order), (-(-n // BLOCK),), numbers, options | {"BLOCK": BLOCK, "num_warps": 4})
+    _launch("count", (index, counts, order), (blocks, length // MINE), numbers, options | {"MINE": MINE, "OTHERS": OTHERS, "num_warps": 4})
+    sums = torch.cumsum(counts, 0, dtype=torch.int32)
+    _launch("place", (index, counts, sums, order), (-(-n // BLOCK),), numbers, options | {"BLOCK": BLOCK, "num_warps": 4})
     return counts, sums, order
 
 
 def _add(rows: Tensor, segments: tuple[Tensor, Tensor, Tensor], out: Tensor) -> None:
-    count, width = out.shape
-    together = min(16, max(4, _power(rows.shape[0] // count)))            # rows of a segment that are read at once
+    (n, _), (count, width) = rows.shape, out.shape
+    together = min(16, max(4, _power(n // count)))                        # rows of a segment that are read at once
     block = max(16, min(TILE // together, _power(width)))
-    options = {"ROWS": together, "BLOCK": block, "STAGES": STAGES, "num_warps": max(1, min(4, together * block // 256))}
-    _launch("total", (rows, *segments, out), (count, -(-width // block)), (width, segments[0].shape[1], rows.stride(0)), options)
+    stages = STAGES if n >= together * count else 1                       # one read has nothing to follow it
+    options = {"ROWS": together, "BLOCK": block, "STAGES": stages, "num_warps": max(1, min(4, together * block // 256))}
+    numbers = (n, width, segments[0].numel() // count, rows.stride(0))
+    _launch("total", (rows, *segments, out), (count, -(-width // block)), numbers, options)
 
 
 def _launch(name: str, tensors: tuple[Tensor, ...], grid: tuple[int, ...], numbers: tuple[int, ...], options: dict[str, Any]) -> None:

@@ -55,8 +55,9 @@ def test_the_index_gives_the_order_of_a_sum() -> None:
     one, two = (segments.segment_sum(rows, index, 3, torch.float32, skipped=None, signed=False) for _ in range(2))
     assert one is not None and two is not None and torch.equal(one, two)
     counts, sums, order = segments._sorted(index, 3, segments.LENGTH, -1, False)
+    counts, sums = counts.view(3, -1), sums.view(3, -1)
     for v in range(3):
-        mine = order[int(sums[v, 0] - counts[v, 0]) : int(sums[v, -1])]
+        mine = order[1, int(sums[v, 0] - counts[v, 0]) : int(sums[v, -1])]
         assert torch.equal(mine.long(), (index == v).nonzero().squeeze(1))
 
 
