@@ -21,6 +21,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from joined import milliseconds
 from slothc.kernels import segments
+from slothc.kernels.triton_launch import available
 from torch import Tensor
 
 DTYPE = torch.bfloat16
@@ -61,7 +62,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--scale", type=int, default=1)
     a = parser.parse_args()
-    if not segments.available(torch.device(a.device)):
+    if not available(torch.device(a.device)):
         parser.error(f"no Triton for {a.device} here; for a CPU set TRITON_INTERPRET=1")
     torch.manual_seed(0)
     print("| rows | embedding us | index_put us | index_add us | sloth us | sloth GB/s |\n| --- | --- | --- | --- | --- | --- |")

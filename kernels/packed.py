@@ -6,21 +6,17 @@ to 2^-12, so that the result is off by 1.01 and 1.07 of one rounding at most, wh
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .broken import give_up
-from .direct import Direct
+from .handwritten import Kernels
 from .joined import LOW
 from .triton_launch import available
 
 BLOCK = 1024
-KEPT = 256
-_records: dict[tuple[Any, ...], Direct] = {}
-_broken: set[tuple[str, torch.device]] = set()
+KERNELS = Kernels("packed_kernel", "keeps gradients in three bytes")
 
 
 class Packed(NamedTuple):
@@ -58,28 +54,5 @@ def packs(t: Tensor) -> bool:
 
 def _launched(name: str, tensors: tuple[Tensor, ...], total: int, *numbers: int, **constants: bool) -> bool:
     """Whether the kernel has run; False where there is none for the device."""
-    device = tensors[0].device
-    if not available(device) or (name, device) in _broken:
-        return False
-    if total == 0:
-        return True
-    key = (name, device, total, *numbers, *constants.values(), *(t.dtype for t in tensors))
-    try:
-        run = _records.get(key)
-        if run is None:
-            if len(_records) > KEPT:
-                _records.clear()
-            grid = (-(-total // BLOCK),)
-            run = _records[key] = Direct(_kernel(name), grid, [total, *numbers], dict(**constants, BLOCK=BLOCK), device)
-        run(tensors)
-    except Exception as error:
-        give_up(_broken, (name, device), device, "keeps gradients in three bytes", error)
-        return False
-    return True
-
-
-@cache
-def _kernel(name: str) -> Any:
-    from . import packed_kernel
-
-    return getattr(packed_kernel, name)
+    options = {**constants, "BLOCK": BLOCK}
+    return KERNELS.launch(name, tensors, (max(1, -(-total // BLOCK)),), (total, *numbers), options)

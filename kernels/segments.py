@@ -8,24 +8,21 @@ bits in every run.
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from .broken import give_up
-from .direct import Direct
-from .triton_launch import available
+from .handwritten import Kernels
 
-LENGTH, LONGEST = 1 << 10, 1 << 14   # elements of a block of the index, at least and at most
-COUNTS = 1 << 22     # of all blocks and rows: 16 MiB, twice
-MINE, OTHERS = 64, 128                 # that are compared with one another; a block is a multiple of both
-BLOCK = 256          # elements of the index that are put in their places by one program
-TILE, STAGES = 4096, 3               # elements of rows that a program reads at once, and how often they are on their way to it
-KEPT = 256
-_records: dict[tuple[Any, ...], Direct] = {}
-_broken: set[torch.device] = set()
+LENGTH, LONGEST = 1 << 10, 1 << 14    # elements of a block of the index, at least and at most
+COUNTS = 1 << 22                      # of all blocks and rows: 16 MiB, twice
+MINE, OTHERS = 64, 128                # that are compared with one another; a block is a multiple of both
+BLOCK = 256                           # elements of the index that are put in their places by one program
+TILE, STAGES = 4096, 3                # elements of rows that a program reads at once, and how often they are on their way to it
+KERNELS = Kernels("segments_kernel", "sums looked-up rows' gradients")
+Order = tuple[Tensor, Tensor, Tensor]
+"""counts [count x blocks], sums and order [2, n]: row v has the elements order[1, i] of an index, in the index's order, for i from
+sums[v, 0] - counts[v, 0] to sums[v, -1].
+"""
 
 
 def segment_sum(rows: Tensor, index: Tensor, count: int, dtype: torch.dtype, *, skipped: int | None, signed: bool) -> Tensor | None:
@@ -33,18 +30,14 @@ def segment_sum(rows: Tensor, index: Tensor, count: int, dtype: torch.dtype, *, 
 
     ``skipped``: a row that stays zero. ``signed``: negative numbers count from the end. An element that no row has is left out.
     """
-    device, length = rows.device, _length(rows.shape[0], count)
-    if length is None or not available(device) or device in _broken:
+    length = _length(rows.shape[0], count)
+    if length is None or not KERNELS.here(rows.device):
         return None
-    try:
-        out = torch.empty(count, rows.shape[1], dtype=dtype, device=device)
-        if out.numel() and rows.shape[0]:
-            _add(rows, _sorted(index, count, length, -1 if skipped is None else skipped, signed), out)
-            return out
+    out = torch.empty(count, rows.shape[1], dtype=dtype, device=rows.device)
+    if not out.numel() or not rows.shape[0]:
         return out.zero_()
-    except Exception as error:
-        give_up(_broken, device, device, "sums looked-up rows' gradients", error)
-        return None
+    order = _sorted(index, count, length, -1 if skipped is None else skipped, signed)
+    return out if order is not None and _add(rows, order, out) else None
 
 
 def _length(n: int, count: int) -> int | None:
@@ -57,46 +50,29 @@ def _length(n: int, count: int) -> int | None:
     return None
 
 
-def _sorted(index: Tensor, count: int, length: int, skipped: int, signed: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(counts [count x blocks], sums, order [2, n]): row v has the elements order[1, i] of the index, in the index's order, for i from
-    sums[v, 0] - counts[v, 0] to sums[v, -1].
-    """
+def _sorted(index: Tensor, count: int, length: int, skipped: int, signed: bool) -> Order | None:
+    """The elements of the index, sorted by their rows in blocks of ``length``; None where there is no kernel."""
     n, blocks = index.numel(), -(-index.numel() // length)
     counts = torch.zeros(count * blocks, dtype=torch.int32, device=index.device)
     order = torch.empty(2, n, dtype=torch.int32, device=index.device)     # first what each element has before it in its block
     numbers, options = (n, count, blocks, skipped), {"SIGNED": signed, "LENGTH": length}
-    _launch("count", (index, counts, order), (blocks, length // MINE), numbers, options | {"MINE": MINE, "OTHERS": OTHERS, "num_warps": 4})
+    compared = options | {"MINE": MINE, "OTHERS": OTHERS, "num_warps": 4}
+    if not KERNELS.launch("count", (index, counts, order), (blocks, length // MINE), numbers, compared):
+        return None
     sums = torch.cumsum(counts, 0, dtype=torch.int32)
-    _launch("place", (index, counts, sums, order), (-(-n // BLOCK),), numbers, options | {"BLOCK": BLOCK, "num_warps": 4})
-    return counts, sums, order
+    placed = options | {"BLOCK": BLOCK, "num_warps": 4}
+    return (counts, sums, order) if KERNELS.launch("place", (index, counts, sums, order), (-(-n // BLOCK),), numbers, placed) else None
 
 
-def _add(rows: Tensor, segments: tuple[Tensor, Tensor, Tensor], out: Tensor) -> None:
+def _add(rows: Tensor, segments: Order, out: Tensor) -> bool:
     (n, _), (count, width) = rows.shape, out.shape
     together = min(16, max(4, _power(n // count)))                        # rows of a segment that are read at once
     block = max(16, min(TILE // together, _power(width)))
     stages = STAGES if n >= together * count else 1                       # one read has nothing to follow it
     options = {"ROWS": together, "BLOCK": block, "STAGES": stages, "num_warps": max(1, min(4, together * block // 256))}
     numbers = (n, width, segments[0].numel() // count, rows.stride(0))
-    _launch("total", (rows, *segments, out), (count, -(-width // block)), numbers, options)
-
-
-def _launch(name: str, tensors: tuple[Tensor, ...], grid: tuple[int, ...], numbers: tuple[int, ...], options: dict[str, Any]) -> None:
-    key = (name, tensors[0].device, grid, numbers, *options.values(), *(t.dtype for t in tensors))
-    run = _records.get(key)
-    if run is None:
-        if len(_records) > KEPT:
-            _records.clear()
-        run = _records[key] = Direct(_kernel(name), grid, numbers, options, tensors[0].device)
-    run(tensors)
+    return KERNELS.launch("total", (rows, *segments, out), (count, -(-width // block)), numbers, options)
 
 
 def _power(n: int) -> int:
     return 1 << max(0, (n - 1).bit_length())
-
-
-@cache
-def _kernel(name: str) -> Any:
-    from . import segments_kernel
-
-    return getattr(segments_kernel, name)

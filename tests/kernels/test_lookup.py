@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from contract import Case, case, hold
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from slothc.kernels import rowwise, segments
+from slothc.kernels import handwritten, rowwise
 from torch import Tensor
 
 CUDA = torch.cuda.is_available()
@@ -94,7 +94,7 @@ def lifted(function: Callable[..., Any], dtype: torch.dtype) -> Case:
 def test_results_and_gradients(
     function: Callable[..., Any], dtype: torch.dtype, lowering: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(segments, "available", lambda device: lowering == "triton")
+    monkeypatch.setattr(handwritten, "available", lambda device: lowering == "triton")
     c = lifted(function, dtype)
     assert any(o.lookup for o in c.plan.forward.reads)
     cut = TRUNCATED if lowering == "triton" and dtype == torch.bfloat16 and not CUDA else 0.0

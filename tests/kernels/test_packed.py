@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from slothc.kernels import packed
+from slothc.kernels import handwritten, packed
 from slothc.kernels.packed import Packed
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -13,7 +13,7 @@ LOW = torch.bfloat16 if DEVICE == "cuda" else torch.float16                # the
 
 @pytest.fixture(params=["torch", "triton"])
 def lowering(request: pytest.FixtureRequest, triton_kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed, "available", lambda device: request.param == "triton")
+    monkeypatch.setattr(handwritten, "available", lambda device: request.param == "triton")
 
 
 @pytest.mark.usefixtures("lowering")
@@ -47,17 +47,17 @@ def test_what_is_no_number_stays_so() -> None:
 def test_both_lowerings_keep_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     v, found = torch.randn(37, 50, device=DEVICE), []
     for lowering in (True, False):
-        monkeypatch.setattr(packed, "available", lambda device, lowering=lowering: lowering)
+        monkeypatch.setattr(handwritten, "available", lambda device, lowering=lowering: lowering)
         found.append(Packed.empty(v.shape, v.device))
         found[-1].put(0, v)
     assert all(torch.equal(one, two) for one, two in zip(*found))
 
 
 def test_a_kernel_that_cannot_be_built_leaves_it_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed, "available", lambda device: True)
-    monkeypatch.setattr(packed, "_broken", set())
-    monkeypatch.setattr(packed, "_records", {})
-    monkeypatch.setattr(packed, "_kernel", lambda name: 1 / 0)
+    monkeypatch.setattr(handwritten, "available", lambda device: True)
+    monkeypatch.setattr(packed.KERNELS, "broken", set())
+    monkeypatch.setattr(packed.KERNELS, "records", {})
+    monkeypatch.setattr(packed.KERNELS, "named", lambda name: 1 / 0)
     v = torch.randn(8, 16, device=DEVICE)
     kept = Packed.empty(v.shape, v.device)
     with pytest.warns(RuntimeWarning, match="in three bytes on .* with PyTorch"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from slothc.kernels import segments
+from slothc.kernels import handwritten, segments
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("triton_kernels")
 
 @pytest.fixture(params=[128, 1024], autouse=True)
 def length(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(segments, "available", lambda device: True)
+    monkeypatch.setattr(handwritten, "available", lambda device: True)
     monkeypatch.setattr(segments, "LENGTH", request.param)
 
 
@@ -54,7 +54,9 @@ def test_the_index_gives_the_order_of_a_sum() -> None:
     index = drawn(4096, 3)
     one, two = (segments.segment_sum(rows, index, 3, torch.float32, skipped=None, signed=False) for _ in range(2))
     assert one is not None and two is not None and torch.equal(one, two)
-    counts, sums, order = segments._sorted(index, 3, segments.LENGTH, -1, False)
+    found = segments._sorted(index, 3, segments.LENGTH, -1, False)
+    assert found is not None
+    counts, sums, order = found
     counts, sums = counts.view(3, -1), sums.view(3, -1)
     for v in range(3):
         mine = order[1, int(sums[v, 0] - counts[v, 0]) : int(sums[v, -1])]
@@ -91,9 +93,9 @@ def test_nothing(shape: tuple[int, int, int]) -> None:
 
 
 def test_a_kernel_that_cannot_be_built_leaves_it_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(segments, "_broken", set())
-    monkeypatch.setattr(segments, "_records", {})
-    monkeypatch.setattr(segments, "_kernel", lambda name: 1 / 0)
+    monkeypatch.setattr(segments.KERNELS, "broken", set())
+    monkeypatch.setattr(segments.KERNELS, "records", {})
+    monkeypatch.setattr(segments.KERNELS, "named", lambda name: 1 / 0)
     rows, index = torch.ones(3, 4, device=DEVICE), torch.zeros(3, dtype=torch.int64, device=DEVICE)
     with pytest.warns(RuntimeWarning, match="rows' gradients on .* with PyTorch"):
         assert segments.segment_sum(rows, index, 2, torch.float32, skipped=None, signed=False) is None
