@@ -14,7 +14,7 @@ import sympy as sp
 from .program import Kind, Program, Reduce, Stage, symbol
 from .reverse import without_aliases
 
-LONGEST = 100         # operations of a term that is looked at
+LONGEST = 100         # operations of a term that is looked at, and of what an equation stands for: chains of them may double at every step
 
 
 def without_zero_sums(backward: Program, forward: Program, sizes: Mapping[str, sp.Expr], lanes: sp.Expr) -> Program:
@@ -30,6 +30,7 @@ class _Totals:
         stages = [s for s in {s.name: s for s in (*forward.stages, *backward.stages)}.values() if s.dtype is None and not s.detached]
         self.equations = {symbol(s.name): s.value for s in stages if not isinstance(s.value, Reduce)}
         self.sizes, self.lanes = sizes, lanes
+        self.lengths: dict[sp.Symbol, int] = {}
         sums = [(s, *self._parts(self._open(s.expr, True))) for s in stages if isinstance(s.value, Reduce) and s.value.op == "sum"]
         self.sums = {f: symbol(s.name) / c for s, c, f in sums if f != 1 and c != 0 and c.free_symbols <= sizes.keys()}
 
@@ -59,7 +60,8 @@ class _Totals:
         if not opened.has(sp.Add) or sp.count_ops(opened) > LONGEST:       # one product is zero for no reason that is seen here
             return False
         total = sp.Add(*(c * (self.lanes if f == 1 else self.sums.get(f, sp.Dummy())) for c, f in self._terms(opened)))
-        return bool(sp.expand_mul(self._open(total, False).xreplace(self.sizes)) == 0)
+        total = self._open(total, False).xreplace(self.sizes)
+        return bool(sp.count_ops(total) <= LONGEST and sp.expand_mul(total) == 0)
 
     def _open(self, expr: sp.Expr, lanes: bool) -> sp.Expr:
         """``expr`` with the equations of its symbols in their place, as far as these have lanes, or have none."""
@@ -68,7 +70,15 @@ class _Totals:
         return expr
 
     def _of(self, symbols: Iterable[sp.Symbol], lanes: bool) -> list[sp.Symbol]:
-        return [s for s in symbols if s in self.equations and self.kinds[s.name].lanes == lanes]
+        return [s for s in symbols if s in self.equations and self.kinds[s.name].lanes == lanes and self._length(s) <= LONGEST]
+
+    def _length(self, e: sp.Expr) -> int:
+        """Nodes of an expression with all equations in their places, counted as often as they stand there."""
+        if e not in self.equations:
+            return 1 + sum(self._length(a) for a in e.args)
+        if e not in self.lengths:
+            self.lengths[e] = self._length(self.equations[e])
+        return self.lengths[e]
 
     def _terms(self, expr: sp.Expr) -> list[tuple[sp.Expr, sp.Expr]]:
         return [self._parts(t) for t in sp.Add.make_args(sp.expand_mul(expr))]
