@@ -187,7 +187,7 @@ def main(backend: str, arch: str, warp: str, part: str = "0/1") -> None:
     mine, parts = map(int, part.split("/"))
     for plan in (p for k, p in enumerate(plans()) if k // 2 % parts == mine):
         print(json.dumps({"of": "rows", **planned(*plan, target)}), flush=True)
-    for plan in heads():
+    for plan in (p for k, p in enumerate(heads()) if k % parts == mine):
         print(json.dumps({"of": "heads", **planned(*plan, target)}), flush=True)
     for kernel in tiles() if arch == "90" else ():                         # they need Hopper's copy engine
         print(json.dumps({"of": "tiles", **built(*kernel, target)}), flush=True)
