@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .binding import Placement
 from .direct import Direct
+from .triton_pieces import power_of_two
 
 COUNT = 4             # sums in one launch
 LANES = 16            # lanes of a program: 64 bytes of each row, and few enough that every processor has work
@@ -26,7 +27,7 @@ class ColumnSums:
         """``places``: where each sum goes, and the width of its parts. ``interpreted``: in few programs, which run one after another."""
         self.targets = [place.tensor for place, _ in places]
         self.runs = []
-        rows = min(PARTIALS, 1 << (partials - 1).bit_length())
+        rows = min(PARTIALS, power_of_two(partials))
         block = 256 if interpreted else LANES
         for first in range(0, len(places), COUNT):
             mine = places[first : first + COUNT]

@@ -55,4 +55,4 @@ def packs(t: Tensor) -> bool:
 def _launched(name: str, tensors: tuple[Tensor, ...], total: int, *numbers: int, **constants: bool) -> bool:
     """Whether the kernel has run; False where there is none for the device."""
     options = {**constants, "BLOCK": BLOCK}
-    return KERNELS.launch(name, tensors, (max(1, -(-total // BLOCK)),), (total, *numbers), options)
+    return total > 0 and KERNELS.launch(name, tensors, (-(-total // BLOCK),), (total, *numbers), options)

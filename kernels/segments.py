@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .handwritten import Kernels
+from .triton_pieces import power_of_two
 
 LENGTH, LONGEST = 1 << 10, 1 << 14    # elements of a block of the index, at least and at most
 COUNTS = 1 << 22                      # of all blocks and rows: 16 MiB, twice
@@ -66,13 +67,9 @@ def _sorted(index: Tensor, count: int, length: int, skipped: int, signed: bool) 
 
 def _add(rows: Tensor, segments: Order, out: Tensor) -> bool:
     (n, _), (count, width) = rows.shape, out.shape
-    together = min(16, max(4, _power(n // count)))                        # rows of a segment that are read at once
-    block = max(16, min(TILE // together, _power(width)))
+    together = min(16, max(4, power_of_two(n // count)))                        # rows of a segment that are read at once
+    block = max(16, min(TILE // together, power_of_two(width)))
     stages = STAGES if n >= together * count else 1                       # one read has nothing to follow it
     options = {"ROWS": together, "BLOCK": block, "STAGES": stages, "num_warps": max(1, min(4, together * block // 256))}
     numbers = (n, width, segments[0].numel() // count, rows.stride(0))
     return KERNELS.launch("total", (rows, *segments, out), (count, -(-width // block)), numbers, options)
-
-
-def _power(n: int) -> int:
-    return 1 << max(0, (n - 1).bit_length())

@@ -21,6 +21,7 @@ from .broken import give_up
 from .direct import Direct
 from .products import LOW, product
 from .triton_launch import available, memory, processors
+from .triton_pieces import power_of_two
 
 MOST = 3                      # matrices in one launch
 WIDEST = 64                   # columns of a thin matrix
@@ -125,8 +126,8 @@ class _Record:
         assert thin is not None
         self.device, self.count, wide = x.device, len(large), thin.dtype is torch.float32
         m, r, sizes = x.shape[0], thin.shape[1], [g.shape[1] for g in large]
-        rank = max(16, 1 << (r - 1).bit_length())
-        block_m = max(16, min(BLOCK_M if rank < WIDEST else BLOCK_M // 2, 1 << (m - 1).bit_length()))
+        rank = max(16, power_of_two(r))
+        block_m = max(16, min(BLOCK_M if rank < WIDEST else BLOCK_M // 2, power_of_two(m)))
         blocks = -(-m // block_m)
         chunk = _chunk(sum(sizes) * blocks, processors(x.device), SPAN if wide else None)
         pieces = [-(-n // chunk) for n in sizes]

@@ -18,8 +18,9 @@ from .cache import load
 from .column_sums import ColumnSums
 from .direct import Direct
 from .records import Launch, Recorded, clear
-from .triton_pieces import block_names
-from .triton_source import LOOP_BLOCK, Groups, arguments, flat, source, splits, staged, sums_rows, tensors
+from .triton_arguments import Groups, arguments, tensors
+from .triton_pieces import block_names, power_of_two
+from .triton_source import LOOP_BLOCK, flat, source, splits, staged, sums_rows
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 ROW_LIMIT = 16384            # lanes of a row that one block holds: 16 warps x 32 threads x 32 fp32 registers
@@ -89,12 +90,12 @@ def choose(p: Pass, bound: Bound, device: torch.device) -> Shape:
     if loop:
         block_r, pieces, warps = 1, (LOOP_BLOCK if not INTERPRET else 1024,), 8
     elif p.program.reductions:
-        pieces = _pieces(lanes) if splits(p) else (_power(lanes),)
-        block_r, warps = _rows_and_warps(p, pieces, sums, _power(rows))
+        pieces = _pieces(lanes) if splits(p) else (power_of_two(lanes),)
+        block_r, warps = _rows_and_warps(p, pieces, sums, power_of_two(rows))
     else:
         many = rows * lanes >= MANY * processors(device)
-        pieces = (min(_power(lanes), 4096 if many else 1024),)
-        block_r = max(1, min((4096 if many else 2048) // pieces[0], _power(rows)))
+        pieces = (min(power_of_two(lanes), 4096 if many else 1024),)
+        block_r = max(1, min((4096 if many else 2048) // pieces[0], power_of_two(rows)))
         warps = max(1, min(8, block_r * pieces[0] // 256))
     blocks = -(-rows // block_r)
     across = 1 if p.program.reductions else -(-lanes // pieces[0])
@@ -117,7 +118,7 @@ def _rows_and_warps(p: Pass, pieces: tuple[int, ...], sums: bool, most: int) -> 
     width = sum(pieces)
     if sums:
         rows = max(1, min(most, 2048 // width))
-        return rows, min(_power(-(-rows * width // (32 * HELD))), 16)
+        return rows, min(power_of_two(-(-rows * width // (32 * HELD))), 16)
     streams = sum(i.role == "data" and i.kind.rows and i.kind.lanes for i in p.program.inputs)
     waits = len(p.program.reductions) > 1 and streams == 1
     least = min(2 * width, 16384) if waits else 0
@@ -146,7 +147,7 @@ def _pieces(lanes: int) -> tuple[int, ...]:
     In one block, 2304 lanes would hold registers for 4096, and half as many rows be in flight.
     """
     if lanes < SPLIT:
-        return (_power(lanes),)
+        return (power_of_two(lanes),)
     ways = [_in_pieces(lanes, count) for count in (1, 2, 3)]
     return next((w for w in ways if sum(w) * 10 <= lanes * 11), min(ways, key=sum))
 
@@ -155,13 +156,10 @@ def _in_pieces(lanes: int, most: int) -> tuple[int, ...]:
     found: list[int] = []
     rest = lanes
     while rest >= SMALLEST and len(found) < most - 1:
-        found.append(_power(rest + 1) // 2)
+        found.append(power_of_two(rest + 1) // 2)
         rest -= found[-1]
-    return (*found, max(SMALLEST, _power(rest))) if rest else tuple(found)
+    return (*found, max(SMALLEST, power_of_two(rest))) if rest else tuple(found)
 
-
-def _power(n: int) -> int:
-    return 1 << max(0, (n - 1).bit_length())
 
 
 class TritonLauncher(Recorded):

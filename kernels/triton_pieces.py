@@ -10,6 +10,11 @@ from functools import reduce
 COMBINED = {"sum": "{0} + {1}", "max": "tl.maximum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)"}
 
 
+def power_of_two(n: int) -> int:
+    """The least that is not below n: what a block's size must be."""
+    return 1 << max(0, (n - 1).bit_length())
+
+
 def block_names(pieces: int) -> tuple[str, ...]:
     """The kernel's constants for the lanes of its blocks."""
     return ("BLOCK_L", *(f"BLOCK_L{k}" for k in range(1, pieces)))

@@ -64,7 +64,7 @@ def losses_and_gradients(ops: Operands, loss: Loss, pack: bool = False) -> tuple
     assert ops.labels is not None and grads.hidden is not None
     (n, width), (vocab, _) = ops.hidden.shape, ops.weight.shape
     rows, lanes = geometry(n, vocab, ops.hidden.element_size())
-    group = Group(ops, loss, rows, lanes)
+    group = Group(ops, ops.labels, loss, rows, lanes)
     part = None if grads.rest is None else losses.new_empty(rows, width)
     for start in range(0, n, rows):
         at = slice(start, min(start + rows, n))
@@ -78,19 +78,19 @@ def losses_and_gradients(ops: Operands, loss: Loss, pack: bool = False) -> tuple
 class Group:
     """Goes over the vocabulary with ``rows`` tokens, ``lanes`` of it at a time; all groups share the memory."""
 
-    def __init__(self, ops: Operands, loss: Loss, rows: int, lanes: int) -> None:
-        self.ops, self.loss, self.lanes = ops, loss, lanes
+    def __init__(self, ops: Operands, labels: Tensor, loss: Loss, rows: int, lanes: int) -> None:
+        self.ops, self.labels, self.loss, self.lanes = ops, labels, loss, lanes
         self.bounded = bound(loss.chain) is not None
         device = ops.hidden.device
         self.starts = torch.arange(0, ops.weight.shape[0], lanes, device=device).unsqueeze(1)
         self.shifted = ops.hidden.new_empty(len(self.starts), rows, dtype=torch.int64)
         self.logits = ops.hidden.new_empty(rows * lanes)
         self.state = {name: ops.hidden.new_empty(rows, dtype=torch.float32) for name in ("s", "zy", "m", "k")}
-        self.numbers = None if ops.labels is None else ops.labels.clamp(0, ops.weight.shape[0] - 1)
+        self.numbers = labels.clamp(0, ops.weight.shape[0] - 1)
 
     def fill(self, at: slice, losses: Tensor, total: Tensor) -> None:
         """The losses [m] and gradients [m, D] of the tokens ``at``, in fp32."""
-        h, labels, n = self.ops.hidden[at], self.ops.labels[at], at.stop - at.start  # type: ignore[index]
+        h, labels, n = self.ops.hidden[at], self.labels[at], at.stop - at.start
         shifted = torch.sub(labels, self.starts, out=self.shifted[:, :n])
         state = {name: t[:n] for name, t in self.state.items()}
         for name, first in (("s", 0.0), ("zy", 0.0), ("m", LOWEST)):
@@ -101,7 +101,7 @@ class Group:
             if number and not self.bounded:
                 rescale(total, state["k"])
             product_into(total, z, w, add=number > 0)
-        given = {"a": total, "w": self.ops.weight, "label": labels, "numbers": self.numbers[at], "loss": losses, "d_h": total}  # type: ignore[index]
+        given = {"a": total, "w": self.ops.weight, "label": labels, "numbers": self.numbers[at], "loss": losses, "d_h": total}
         run(closing_launcher(self.loss.chain, self.loss.ignore_index), given | state)
 
     def _blocks(self, n: int) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:

@@ -76,9 +76,9 @@ def test_a_mean_that_was_saved() -> None:
 
 
 def test_a_chain_that_doubles_at_every_step_is_left_closed() -> None:
-    """Sinkhorn's iterations: opened, sixty steps would be 2^60 operations."""
+    """As Sinkhorn's iterations are: opened, sixty steps would be 2^60 operations."""
     stages: list[tuple[str, object]] = [("mu", programs.mean(x)), ("c0", x - mu)]
-    stages += [(f"c{k + 1}", symbol(f"c{k}") * (1 + symbol(f"c{k}"))) for k in range(60)]
+    stages += [(f"c{k + 1}", symbol(f"c{k}") / (1 + symbol(f"c{k}") ** 2)) for k in range(60)]
     forward = programs.program([Input("x", ROW), programs.SIZE], *stages, ("y", symbol("c60") + mu))
     backward, after = reduced(forward)
-    assert {s.name for s in after.reductions} <= {s.name for s in backward.reductions}
+    assert apart(backward, after) < 1e-40

@@ -1,8 +1,8 @@
 """Compiles the kernels of representative plans and those of attention for one GPU target, on a machine that needs no GPU:
 ``compile_for.py cuda 90 32``, or with ``0/2`` behind it only every other form's plans, with ``1/2`` the others'.
 
-Prints one JSON line for each kernel: whose it is ("rows", "heads", "tiles", "thin", "packed", "segments", "rescaled" or "scores"),
-its name, whether it compiled, bytes of shared memory and how many it may have, and the error's text.
+Prints one JSON line for each kernel: whose it is ("rows", "heads", "tiles", "thin", "packed", "sums", "segments", "rescaled" or
+"scores"), its name, whether it compiled, bytes of shared memory and how many it may have, and the error's text.
 """
 
 # ruff: noqa: E402
@@ -37,6 +37,7 @@ from slothc.kernels import (
     segments_kernel,
     thin,
     thin_kernel,
+    triton_arguments,
     triton_pieces,
     triton_source,
     vocab_blocks,
@@ -50,7 +51,7 @@ SMALL, HOPPER = 48 * 1024, 227 * 1024                                     # byte
 SHORT = ("scalars", "rope of learned angles", "by_sequence")              # some operands have row axes of size 1 only
 
 
-def plans() -> Iterator[tuple[str, Pass, triton_source.Groups, bool, int]]:
+def plans() -> Iterator[tuple[str, Pass, triton_arguments.Groups, bool, int]]:
     """(name, pass, merged row axes, loop kernel?, blocks that hold a row) for every kernel."""
     for f in FORMS:
         c = case(f.function, f.draw(torch.bfloat16), f.fixed)
@@ -65,7 +66,7 @@ def plans() -> Iterator[tuple[str, Pass, triton_source.Groups, bool, int]]:
                     yield f"{f.name} {label}, in blocks", p, apart, False, 2
 
 
-def heads() -> Iterator[tuple[str, Pass, triton_source.Groups, bool, int]]:
+def heads() -> Iterator[tuple[str, Pass, triton_arguments.Groups, bool, int]]:
     """A frozen head's: blocks of logits with a maximum and without one, and what comes after them."""
     for chain in ("bf16; cast fp32", "bf16; div 30.0 bf16; tanh bf16; mul 30.0 bf16", "fp32"):
         for loop, pieces in ((False, 1), (False, 2), (True, 1)):
@@ -87,7 +88,7 @@ def signature(p: Pass, kernel: Any) -> dict[str, str]:
     return found
 
 
-def planned(name: str, p: Pass, groups: triton_source.Groups, loop: bool, pieces: int, target: GPUTarget) -> dict[str, Any]:
+def planned(name: str, p: Pass, groups: triton_arguments.Groups, loop: bool, pieces: int, target: GPUTarget) -> dict[str, Any]:
     kernel = cache.load("compile_for", triton_source.source(p, groups, loop, pieces=pieces, nvidia=target.backend == "cuda")).kernel
     lanes = dict(zip(triton_pieces.block_names(pieces), (1024 if loop else 64, 16)))
     values = {"BLOCK_R": 1 if loop else 2, **lanes, "WIDE": "layer_norm" in name, "STAGES": 3}
@@ -148,7 +149,7 @@ def partial_sums() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], d
 
 def segment_sums() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any], int]]:
     """count, place and total: both widths of an index, one that counts from the end."""
-    tables = dict.fromkeys(("counts", "sums", "before", "order"), "*i32") | {"rows": "*fp32", "out": "*bf16"}
+    tables = dict.fromkeys(("counts", "sums", "order"), "*i32") | {"rows": "*fp32", "out": "*bf16"}
     wholes = {"LENGTH": segments.LENGTH, "MINE": segments.MINE, "OTHERS": segments.OTHERS, "BLOCK": segments.BLOCK, "ROWS": 4}
     for kernel in (segments_kernel.count, segments_kernel.place, segments_kernel.total):
         for index, signed in (("*i64", True), ("*i32", False)) if "index" in kernel.arg_names else (("", False),):
