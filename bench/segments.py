@@ -21,7 +21,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from joined import milliseconds
 from slothc.kernels import segments
-from slothc.kernels.triton_launch import available
+from slothc.kernels.devices import available
 from torch import Tensor
 
 DTYPE = torch.bfloat16

@@ -16,7 +16,7 @@ class Lookup:
 
     The operand's shape is that of the result, [..., *index's shape, ...]. A row ``skipped`` gets no gradient (a padding row).
     ``along``: each element has an index of its own, which has the result's shape and the tensor's dimensions. ``signed``: a negative
-    index counts from the end; without it such an index is an error.
+    index counts from the end; without it such an index is an error. ``once``: the index is a permutation of the numbers below its length.
     """
 
     index: int
@@ -24,6 +24,7 @@ class Lookup:
     skipped: int | None = None
     along: bool = False
     signed: bool = False
+    once: bool = False
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .binding import Placement
+from .devices import dependent
 from .direct import Direct
 from .triton_pieces import power_of_two
 
@@ -33,7 +34,7 @@ class ColumnSums:
             mine = places[first : first + COUNT]
             numbers = [n for place, width in _filled(mine) for n in (place.offset, int(width == lanes), place.lane)]
             options = {"COUNT": len(mine), "BLOCK_P": rows, "BLOCK_L": block}
-            options |= {"num_warps": max(1, min(16, rows * LANES // 1024)), "enable_fp_fusion": False}
+            options |= {**dependent(device), "num_warps": max(1, min(16, rows * LANES // 1024)), "enable_fp_fusion": False}
             grid = (-(-lanes // block), len(mine))
             self.runs.append((first, Direct(_kernel(), grid, [*numbers, partials, lanes], options, device)))
 

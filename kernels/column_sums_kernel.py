@@ -17,8 +17,11 @@ def _total(part, out, offset, step, stride, PARTIALS, LANES, BLOCK_P: tl.constex
 
 @triton.jit(do_not_specialize=["PARTIALS"])
 def column_sums(p0, p1, p2, p3, y0, y1, y2, y3, offset0, step0, stride0, offset1, step1, stride1, offset2, step2, stride2,
-                offset3, step3, stride3, PARTIALS, LANES, COUNT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_L: tl.constexpr):
+                offset3, step3, stride3, PARTIALS, LANES, COUNT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_L: tl.constexpr,
+                WAITS: tl.constexpr):
     """y_k[offset + lane stride] = sum over rows of p_k [PARTIALS, LANES], or [PARTIALS, 1] where its step is 0; k by program."""
+    if WAITS:
+        tl.extra.cuda.gdc_wait()
     k = tl.program_id(1)
     if k == 0:
         _total(p0, y0, offset0, step0, stride0, PARTIALS, LANES, BLOCK_P, BLOCK_L)

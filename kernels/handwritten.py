@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from .broken import give_up
+from .devices import available
 from .direct import Direct
-from .triton_launch import available
 
 KEPT = 256
 

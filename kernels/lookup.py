@@ -6,6 +6,7 @@ import torch
 from slothc.gradients.plan import Lookup
 from torch import Tensor
 
+from .moved import move_rows
 from .segments import segment_sum
 from .tracing import traced
 
@@ -28,7 +29,9 @@ def counted(lookup: Lookup, index: Tensor, size: int) -> Tensor:
 
 
 def spread(gradient: Tensor, lookup: Lookup, index: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """The table's gradient, in ``dtype``, from that of its looked-up rows: rows that were read several times are summed in fp32."""
+    """The table's gradient, in ``dtype``, from that of its looked-up rows: rows that were read several times are summed in fp32, and those
+    of a permutation go where they came from.
+    """
     if lookup.along:
         return gradient.new_zeros(shape).scatter_add(lookup.dim, index, gradient).to(dtype)
     if lookup.dim == 0:
@@ -42,6 +45,10 @@ def spread(gradient: Tensor, lookup: Lookup, index: Tensor, shape: torch.Size, d
 
 def _spread_rows(rows: Tensor, lookup: Lookup, index: Tensor, count: int, dtype: torch.dtype) -> Tensor:
     """[count, w] from rows [n, w], where rows are whole entries of the table's first dimension."""
+    if lookup.once and traced(rows):
+        return rows.new_zeros(count, rows.shape[1], dtype=dtype).index_copy(0, index.reshape(-1).long(), rows.to(dtype))
+    if lookup.once:
+        return move_rows(rows, index.reshape(-1), count, dtype)
     if not traced(rows):
         found = segment_sum(rows.contiguous(), index.reshape(-1), count, dtype, skipped=lookup.skipped, signed=lookup.signed)
         if found is not None:

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .devices import available
 from .handwritten import Kernels
 from .joined import LOW
-from .triton_launch import available
 
 BLOCK = 1024
 KERNELS = Kernels("packed_kernel", "keeps gradients in three bytes")

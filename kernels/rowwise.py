@@ -11,8 +11,9 @@ from slothc.gradients.plan import Pass
 from torch import Tensor
 
 from . import triton_source
+from .devices import available
 from .torch_lowering import TorchLauncher
-from .triton_launch import TritonLauncher, available
+from .triton_launch import TritonLauncher
 
 
 class Launcher:

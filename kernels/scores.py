@@ -24,11 +24,11 @@ from slothc.gradients.vocabulary import Chain
 from torch import Tensor
 
 from .broken import give_up
+from .devices import available
 from .once import once_differentiable
 from .scores_launch import BY_KEYS, KEPT, MOST, Form, Kernel, Part, at_once, keyed, left_row
 from .scores_rows import backward_rows, forward_rows
 from .tracing import traced
-from .triton_launch import available
 from .vocab_chain import no_autocast
 
 KINDS = ("none", "causal", "sliding_window")

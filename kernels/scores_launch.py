@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .devices import memory
 from .direct import Direct
 from .scores_program import triton_functions
-from .triton_launch import memory
 
 SHIFTS = {torch.bfloat16: 8, torch.float16: 5}     # of the bits that rounding takes from fp32, 16 and 13, the first eight are kept
 KEPT = 512

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .devices import available
 from .direct import Direct
-from .triton_launch import available
 
 BLOCK = 1024
 KEPT = 256

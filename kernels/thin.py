@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from .broken import give_up
+from .devices import available, dependent, memory, processors
 from .direct import Direct
 from .products import LOW, product
-from .triton_launch import available, memory, processors
 from .triton_pieces import power_of_two
 
 MOST = 3                      # matrices in one launch
@@ -143,7 +143,7 @@ class _Record:
         first = -(-m * r // BLOCK) if right else 0                         # programs for each u_i
         last = -(-sum(sizes) * r // BLOCK) if left is not None else 0
         numbers = [*three([float(s) for s in scales]), m, *three(sizes), *three(pieces), blocks, r, max(first, 1)]
-        options = dict(COUNT=self.count if right else 0, TURNED=turned, BLOCK=BLOCK, PARTS=PARTS, num_warps=4)
+        options = dict(COUNT=self.count if right else 0, TURNED=turned, BLOCK=BLOCK, PARTS=PARTS, **dependent(x.device), num_warps=4)
         self.sum = Direct(_kernel("add"), (self.count * first + last,), numbers, options, x.device)
 
     def __call__(self, large: Sequence[Tensor], right: Sequence[Tensor], left: Tensor | None) -> list[Any]:

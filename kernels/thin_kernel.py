@@ -76,11 +76,13 @@ def _total(parts, at, ok, size, count, PARTS: tl.constexpr, BLOCK: tl.constexpr)
 
 @triton.jit(do_not_specialize=["M", "C0", "C1", "C2", "BLOCKS", "FIRST", "s0", "s1", "s2"])
 def add(u, d, across, down, s0, s1, s2, M, N0, N1, N2, C0, C1, C2, BLOCKS, R, FIRST, COUNT: tl.constexpr, TURNED: tl.constexpr,
-        BLOCK: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
+        BLOCK: tl.constexpr, PARTS: tl.constexpr, WAITS: tl.constexpr):  # fmt: skip
     """Sums the parts that ``thin`` leaves, times s_i, and rounds: across [M, COUNT R] and down [sum N_i, R] (TURNED: [R, N_0]).
 
     COUNT times FIRST programs make ``across``, those of one g_i after those of another.
     """
+    if WAITS:
+        tl.extra.cuda.gdc_wait()
     which, block = tl.program_id(0) // FIRST, tl.program_id(0) % FIRST
     if which < COUNT:
         at = block * BLOCK + tl.arange(0, BLOCK)

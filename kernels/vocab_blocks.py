@@ -21,10 +21,10 @@ from slothc.gradients.vocabulary import Chain, row_pass
 from slothc.gradients.vocabulary_blocks import block_program, closing_program, greatest
 from torch import Tensor
 
+from .devices import available
 from .packed import Packed
 from .rescaled import rescale
 from .rowwise import Launcher, launcher
-from .triton_launch import available
 from .triton_source import NARROW
 from .vocab_chunks import Gradients, Operands, Wants, counting, empty_gradients, finished, spread
 from .vocab_matrix import linear_into, product_into

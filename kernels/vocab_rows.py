@@ -19,8 +19,8 @@ from slothc.gradients.vocabulary import (
 from torch import Tensor
 
 from .binding import DTYPE
+from .devices import available
 from .rowwise import Launcher, launcher
-from .triton_launch import available
 
 MODES = ("value", "gradient", "both")
 

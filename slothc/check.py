@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from .errors import VerificationFailed
+from .permutations import is_permutation
 from .sizes import size_of
 from .spellings_call import settled
 from .statistics import counts
@@ -170,7 +171,7 @@ def _cuda(view: GraphView, inputs: Sequence[fx.Node]) -> list[int]:
 
 
 def draw(view: GraphView, node: fx.Node, resize: dict[int, int] | None = None, positive: bool = False) -> Any:
-    """A random value like the node's example: normal numbers (or their sizes plus 0.1), integers, fair booleans."""
+    """A random value like the node's example: normal numbers (or their sizes plus 0.1), integers (a permutation for one), fair booleans."""
     example = view.example(node)
     if not isinstance(example, Tensor):
         return _hint(example)
@@ -186,6 +187,8 @@ def draw(view: GraphView, node: fx.Node, resize: dict[int, int] | None = None, p
     if example.dtype.is_floating_point or example.dtype.is_complex:
         memory = torch.randn(span, dtype=example.dtype, device=example.device)
         memory = memory.abs() + 0.1 if positive and not example.dtype.is_complex else memory
+    elif example.dim() == 1 and is_permutation(view, node):
+        return torch.randperm(shape[0], device=example.device).to(example.dtype)
     else:
         memory = torch.randint(0, _choices(view, node, resize or {}), (span,), device=example.device).to(example.dtype)
     return memory.as_strided(shape, strides)

@@ -15,6 +15,7 @@ from slothc.gradients.program import Input, Kind, Reduce, Stage, symbol
 from .lift_complex import Pair
 from .lift_scalars import number
 from .lift_space import Space
+from .permutations import is_permutation
 from .sizes import shape_of
 from .view import GraphView
 
@@ -26,13 +27,14 @@ LONGEST = 256         # steps of one kernel: what is longer would not stay in re
 
 @dataclass(frozen=True)
 class LeafLookup:
-    """Leaf ``index`` says which of the positions along dimension ``dim`` of a leaf are read; its own are at ``at``."""
+    """Leaf ``index`` says which of the positions along dimension ``dim`` of a leaf are read; its own are at ``at`` (see ``Lookup``)."""
 
     index: int
     dim: int
     skipped: int | None
     along: bool
     signed: bool
+    once: bool
     at: tuple[Form, ...]
 
 
@@ -156,7 +158,8 @@ class Loader:
         index = at if along else (*index[:dim], *at, *index[dim + 1 :])
         which = next((k for k, leaf in enumerate(self.leaves) if leaf is table and k not in self.lookups), len(self.leaves))
         self.leaves += [table] * (which == len(self.leaves))
-        return Access(self._operand(node, index, LeafLookup(which, dim, skipped, along, signed, at)), index)
+        once = dim == 0 and not along and is_permutation(self.view, table)
+        return Access(self._operand(node, index, LeafLookup(which, dim, skipped, along, signed, once, at)), index)
 
     def _operand(self, node: fx.Node, index: tuple[Form, ...], lookup: LeafLookup | None) -> int:
         """The operand's number; a differentiable tensor read through two maps that may meet counts as two operands."""

@@ -169,7 +169,7 @@ class _Abstract:
             dims.append(size if fit is None else int(fit) if sp.sympify(fit).is_Integer else fit)
         dtype = "fp32" if pairs else STORAGE[value.dtype]
         if lookup is not None:
-            how = Lookup(lookup.index, lookup.dim, lookup.skipped, lookup.along, lookup.signed)
+            how = Lookup(lookup.index, lookup.dim, lookup.skipped, lookup.along, lookup.signed, lookup.once)
             return Operand(tuple(dims), dtype, complex=pairs, lookup=how)
         strides, sizes = [_typical(s) for s in value.stride()], [_typical(s) for s in value.shape]
         if pairs:
@@ -268,11 +268,16 @@ def _whole(forward: Pass, rounded: Mapping[str, str], lasting: tuple[bool, ...])
 
 
 def _folding(forward: Pass, backward: Program, stores: Sequence[Access]) -> Program:
-    """The backward with every gradient that is wider than its operand marked for summing; a table's rows unrounded, they are summed yet."""
+    """The backward with every gradient that is wider than its operand marked for summing; those of rows that are summed yet unrounded."""
     rows = {a.name for a in forward.axes if a.size != 1}
     outputs = tuple(replace(o, over_rows=True, kind=None) if rows - a.axes else o for o, a in zip(backward.outputs, stores))
-    tables = [forward.reads[a.tensor].lookup is not None for a in stores]
-    return replace(backward, outputs=tuple(replace(o, dtype="fp32") if table else o for o, table in zip(outputs, tables)))
+    summed = [_summed_later(forward.reads[a.tensor]) for a in stores]
+    return replace(backward, outputs=tuple(replace(o, dtype="fp32") if later else o for o, later in zip(outputs, summed)))
+
+
+def _summed_later(operand: Operand) -> bool:
+    """Whether the operand is a table whose rows may be read more than once."""
+    return operand.lookup is not None and not operand.lookup.once
 
 
 def _as_access(access: Access | None) -> Access:
@@ -357,5 +362,5 @@ def _gradient_operand(forward: Pass, tensor: int, stores: Sequence[Access], numb
     sizes = {a.name: a.size for a in (*forward.axes, forward.lane)}
     mine = [a for a in stores if a.tensor == number]
     covered = sum((sp.Mul(*(sizes[x] for x in a.axes)) for a in mine), sp.Integer(0))
-    dtype = operand.dtype if operand.lookup is None else "fp32"
+    dtype = "fp32" if _summed_later(operand) else operand.dtype
     return replace(operand, dtype=dtype, lookup=None, zero=not same(covered, sp.Mul(*operand.shape)))

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 from torch._ops import HigherOrderOperator
 
-from slothc.kernels.triton_launch import available
+from slothc.kernels.devices import available
 from slothc.patterns.meaning import Op
 
 from .spellings import meaning, target_name

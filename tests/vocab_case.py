@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from slothc.gradients.vocabulary import Chain
-from slothc.kernels.triton_launch import available
+from slothc.kernels.devices import available
 from torch.utils._python_dispatch import TorchDispatchMode
 
 TINY = {torch.float32: 1e-6, torch.bfloat16: 1e-4, torch.float16: 1e-4}

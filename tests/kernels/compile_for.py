@@ -112,7 +112,7 @@ def tiles() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str
         yield name, kernel, types, values, {"num_warps": 8, "num_stages": joined.STAGES}, HOPPER
 
 
-def thin_products(backend: str) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any], int]]:
+def thin_products(backend: str, arch: str) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any], int]]:
     """thin: both products of three gradients, and one of each, with factors in both dtypes; and the sum of their parts."""
     for factors in ("bf16", "fp32"):
         for count, across, down, rank in ((3, True, True, 16), (1, True, False, thin.WIDEST), (1, False, True, thin.WIDEST)):
@@ -124,7 +124,7 @@ def thin_products(backend: str) -> Iterator[tuple[str, Any, dict[str, str], dict
             types |= dict.fromkeys(values, "constexpr")
             name = f"thin of {count} {factors}{' across' * across}{' down' * down}"
             yield name, thin_kernel.thin, types, values, {"num_warps": thin.WARPS}, HOPPER if backend == "cuda" else 64 * 1024
-        values = {"COUNT": 3, "TURNED": False, "BLOCK": thin.BLOCK, "PARTS": thin.PARTS}
+        values = {"COUNT": 3, "TURNED": False, "BLOCK": thin.BLOCK, "PARTS": thin.PARTS, "WAITS": arch == "90"}
         types = dict.fromkeys(thin_kernel.add.arg_names, "i32") | {"u": "*fp32", "d": "*fp32"} | dict.fromkeys(("s0", "s1", "s2"), "fp32")
         types |= dict.fromkeys(("across", "down"), POINTER[factors]) | dict.fromkeys(values, "constexpr")
         yield f"add {factors}", thin_kernel.add, types, values, {"num_warps": 4}, SMALL
@@ -139,9 +139,10 @@ def packing() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[s
     yield "scaled", scaled, types, {"EACH": True, "BLOCK": packed.BLOCK}, {"num_warps": 4}, SMALL
 
 
-def partial_sums() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any], int]]:
+def partial_sums(arch: str) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any], int]]:
     for out, rows in (("bf16", 256), ("fp32", 1024)):
-        values = {"COUNT": column_sums.COUNT, "BLOCK_P": rows, "BLOCK_L": column_sums.LANES, "step0": 1, "stride0": 1}
+        values = {"COUNT": column_sums.COUNT, "BLOCK_P": rows, "BLOCK_L": column_sums.LANES, "WAITS": arch == "90"}
+        values |= {"step0": 1, "stride0": 1}
         types = dict.fromkeys(column_sums_kernel.column_sums.arg_names, "i32") | dict.fromkeys(("p0", "p1", "p2", "p3"), "*fp32")
         types |= dict.fromkeys(("y0", "y1", "y2", "y3"), POINTER[out]) | dict.fromkeys(values, "constexpr")
         yield f"column sums {out}", column_sums_kernel.column_sums, types, values, {"num_warps": rows * column_sums.LANES // 1024}, SMALL
@@ -192,9 +193,9 @@ def main(backend: str, arch: str, warp: str, part: str = "0/1") -> None:
         print(json.dumps({"of": "heads", **planned(*plan, target)}), flush=True)
     for kernel in tiles() if arch == "90" else ():                         # they need Hopper's copy engine
         print(json.dumps({"of": "tiles", **built(*kernel, target)}), flush=True)
-    for kernel in thin_products(backend) if arch not in ("75", "80") else ():   # Turing's take the library, Ampere's are as Hopper's
+    for kernel in thin_products(backend, arch) if arch not in ("75", "80") else ():   # Turing's take the library, Ampere's are as Hopper's
         print(json.dumps({"of": "thin", **built(*kernel, target)}), flush=True)
-    for kernel in partial_sums():
+    for kernel in partial_sums(arch):
         print(json.dumps({"of": "sums", **built(*kernel, target)}), flush=True)
     for kernel in packing():
         print(json.dumps({"of": "packed", **built(*kernel, target)}), flush=True)

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from slothc.gradients.plan import Pass
-from slothc.kernels import triton_launch
-from slothc.kernels.triton_launch import ROW_LIMIT, choose
+from slothc.kernels import shapes
+from slothc.kernels.shapes import ROW_LIMIT, choose
 from slothc.kernels.triton_source import source
 from slothc.kernels.vocab_rows import Loss, row_plan
 
@@ -38,24 +38,32 @@ def test_blocks_hold_what_there_is(rule: str, direction: str) -> None:
             assert s.partials in (0, s.grid[0]) and s.grid[0] <= blocks * max(1, -(-lanes // s.blocks_l[0]))
 
 
-@pytest.mark.parametrize("lanes, rows, warps, programs", [(128, 16, 4, 4), (2048, 1, 4, 4), (4096, 1, 8, 2), (8192, 1, 16, 1)])
+SHAPES = [(128, 64, 8, 1), (1024, 4, 4, 2), (2048, 2, 4, 2), (2304, 1, 4, 2), (4096, 1, 4, 2), (5120, 1, 8, 1), (8192, 1, 8, 1),
+          (16384, 1, 16, 1)]  # fmt: skip
+
+
+@pytest.mark.parametrize("lanes, block, warps, programs", SHAPES)
 @pytest.mark.parametrize("rule", ["rms_norm", "layer_norm"])
 def test_a_persistent_grid_fills_a_processor(
-    rule: str, lanes: int, rows: int, warps: int, programs: int, monkeypatch: pytest.MonkeyPatch
+    rule: str, lanes: int, block: int, warps: int, programs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """18 elements of every value a thread at most, as many programs as registers hold, rows on their way in their part of shared memory."""
-    monkeypatch.setattr(triton_launch, "processors", lambda device: 132)
-    monkeypatch.setattr(triton_launch, "memory", lambda device: 227 << 10)
+    """32 elements of every value a thread, 8 warps a processor, rows on their way; not so tall that programs would have no block."""
+    monkeypatch.setattr(shapes, "processors", lambda device: 132)
+    monkeypatch.setattr(shapes, "memory", lambda device: 227 << 10)
     p = catalogue.lifted(rule)[0][1].backward
     assert p is not None
-    bound: Any = SimpleNamespace(rows=8192, lanes=lanes)
-    s = choose(p, bound, torch.device("cpu"))
-    assert (s.block_r, s.warps) == (rows, warps)
-    blocks, most = 8192 // rows, 132 * programs
-    assert s.partials <= most and -(-blocks // s.partials) == -(-blocks // most)
-    size = rows * lanes * sum(4 if "fp32" in str(p.reads[a.tensor]) else 2 for i, a in zip(p.program.inputs, p.loads)
-                              if a is not None and i.kind.rows and i.kind.lanes)  # fmt: skip
+
+    def chosen(rows: int) -> shapes.Shape:
+        bound: Any = SimpleNamespace(rows=rows, lanes=lanes)
+        return choose(p, bound, torch.device("cpu"))
+
+    s = chosen(132 * 64 * programs)
+    assert (s.block_r, s.warps, s.partials) == (block, warps, 132 * programs) and s.grid[0] == s.partials
+    size = block * sum(s.blocks_l) * sum(4 if "fp32" in str(p.reads[a.tensor]) else 2 for i, a in zip(p.program.inputs, p.loads)
+                                         if a is not None and i.kind.rows and i.kind.lanes)  # fmt: skip
     assert s.stages >= 2 and programs * (s.stages - 1) * size < 227 << 10
+    assert chosen(200).block_r == 1 and 100 <= chosen(200).partials <= 200
+    assert chosen(5).partials == 5
 
 
 def test_a_tanh_to_16_bits_only_where_everything_behind_it_is_rounded_to_them() -> None:

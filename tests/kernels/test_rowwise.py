@@ -19,7 +19,7 @@ from slothc.gradients.geometry import Access, Axis
 from slothc.gradients.geometry import Form as Map
 from slothc.gradients.plan import Operand, Pass
 from slothc.gradients.program import COLUMN, ROW, Input, Output, Program, Stage, symbol
-from slothc.kernels import rowwise, triton_launch
+from slothc.kernels import rowwise, shapes, triton_launch
 from slothc.kernels.binding import Binder, Unbindable
 from torch import Tensor
 
@@ -107,7 +107,7 @@ def test_loop_kernels_on_short_rows(name: str, monkeypatch: pytest.MonkeyPatch) 
     arguments = f.draw(torch.float32, DEVICE)
     cotangents = run(f.function, arguments).cotangents
     tile = c.values("triton")(arguments, cotangents)
-    monkeypatch.setattr(triton_launch, "ROW_LIMIT", 16)
+    monkeypatch.setattr(shapes, "ROW_LIMIT", 16)
     monkeypatch.setattr(rowwise, "_launchers", {})
     for key, value in c.values("triton")(arguments, cotangents).items():
         torch.testing.assert_close(value, tile[key], rtol=2e-5, atol=2e-5)
@@ -123,8 +123,8 @@ def test_rows_in_blocks_side_by_side(f: Form, lanes: int, monkeypatch: pytest.Mo
     arguments = f.draw(torch.float32, DEVICE, lanes=lanes)
     cotangents = run(f.function, arguments).cotangents
     whole = c.values("triton")(arguments, cotangents)
-    monkeypatch.setattr(triton_launch, "SPLIT", 16)
-    monkeypatch.setattr(triton_launch, "SMALLEST", 8)
+    monkeypatch.setattr(shapes, "SPLIT", 16)
+    monkeypatch.setattr(shapes, "SMALLEST", 8)
     monkeypatch.setattr(rowwise, "_launchers", {})
     for key, value in c.values("triton")(arguments, cotangents).items():
         torch.testing.assert_close(value, whole[key], rtol=2e-5, atol=2e-5)
@@ -132,7 +132,7 @@ def test_rows_in_blocks_side_by_side(f: Form, lanes: int, monkeypatch: pytest.Mo
 
 def test_blocks_of_a_row() -> None:
     """As few as waste less than a tenth; three at most."""
-    found = [triton_launch._pieces(n) for n in (1000, 1024, 1100, 2304, 2880, 3072, 3584, 7168)]
+    found = [shapes._pieces(n) for n in (1000, 1024, 1100, 2304, 2880, 3072, 3584, 7168)]
     expected = [(1024,), (1024,), (1024, 256), (2048, 256), (2048, 1024), (2048, 1024), (2048, 1024, 512), (4096, 2048, 1024)]
     assert found == expected
 
@@ -147,7 +147,7 @@ def test_what_costs_less_changes_nothing(name: str, change: str, monkeypatch: py
     cotangents = run(f.function, arguments).cotangents
     found = c.values("triton")(arguments, cotangents)
     if change == "masks":
-        monkeypatch.setattr(triton_launch, "_even", lambda shape, bound: (False, False))
+        monkeypatch.setattr(triton_launch, "even", lambda shape, bound: (False, False))
     else:
         monkeypatch.setattr(triton_launch, "nvidia", lambda: not CUDA)
     monkeypatch.setattr(rowwise, "_launchers", {})
@@ -176,7 +176,7 @@ def test_a_layer_norm_whose_gradient_cancels(mean: float, lowering: str) -> None
 @pytest.mark.parametrize("name", ["softmax", "log_softmax", "largest"])
 @pytest.mark.parametrize("limit", [16, 16384])
 def test_shifts_keep_large_and_infinite_values(name: str, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_launch, "ROW_LIMIT", limit)
+    monkeypatch.setattr(shapes, "ROW_LIMIT", limit)
     monkeypatch.setattr(rowwise, "_launchers", {})
     f = form(name)
     x, *rest = f.draw(torch.float32, DEVICE)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from slothc.gradients.vocabulary import Chain
 from slothc.kernels import handwritten, packed, rescaled, rowwise, vocab_blocks, vocab_chunks
-from slothc.kernels.triton_launch import ROW_LIMIT
+from slothc.kernels.shapes import ROW_LIMIT
 from slothc.kernels.vocab import NAMES, linear_cross_entropy
 from slothc.kernels.vocab_chain import logits
 from slothc.kernels.vocab_chunks import Operands, Wants
