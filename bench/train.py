@@ -143,14 +143,16 @@ def measure(system: str, a: argparse.Namespace) -> isolate.Result:
     began = time.perf_counter()
     losses = [float(step(0))]
     first = time.perf_counter() - began
-    losses += [float(step(i)) for i in range(1, a.warmup)]
-    reset_peak(a.device)
+    losses += [float(step(i)) for i in range(1, a.warmup - 1)]
+    before = fresh_peak(a.device)                      # before a CUDA graph is recorded: it allocates what replays use
+    losses += [float(step(i)) for i in range(max(1, a.warmup - 1), a.warmup)]
     numbers = iter(range(a.warmup, a.warmup + a.steps))
     times = [timed(lambda: losses.append(step(next(numbers))), a.device) for _ in range(a.steps)]
     result = {
         **spread(times, a.batch * a.seq),
         "first_step_s": first,
-        "peak_gib": peak_gib(a.device),
+        "peak_gib": peak_gib(a.device, before),
+        "reserved_gib": reserved_gib(a.device),
         "trained": sum(p.numel() for p in trained),
         "adapters": str(trained[0].dtype),
         "losses": [float(loss) for loss in losses],
@@ -185,31 +187,35 @@ def timed(work: Callable[[], object], device: str) -> float:
     return start.elapsed_time(end)
 
 
-def reset_peak(device: str) -> None:
+def fresh_peak(device: str) -> int:
+    """Begin to watch the GPU's memory anew; bytes that CUDA graphs recorded earlier use in a replay without allocating them."""
+    if device != "cuda":
+        return 0
     import torch
 
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    pools = [s for s in torch.cuda.memory_snapshot() if tuple(s.get("segment_pool_id", (0, 0))) != (0, 0)]
+    return sum(s["total_size"] - s["allocated_size"] for s in pools)
+
+
+def peak_gib(device: str, before: int) -> float:
+    """What was allocated at most since ``fresh_peak``, which found ``before``; of the whole process on the CPU."""
     if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
+        import torch
 
-
-def peak_gib(device: str) -> float:
-    """Of the timed steps on the GPU; of the whole process on the CPU."""
-    import torch
-
-    if device == "cuda":
-        return (torch.cuda.max_memory_allocated() + unseen()) / 2**30
+        return (torch.cuda.max_memory_allocated() + before) / 2**30
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-def unseen() -> int:
-    """Bytes that CUDA graphs use in a replay without allocating them: what their pools hold beyond live tensors."""
+def reserved_gib(device: str) -> float:
+    """What the allocator held of the GPU at most since then, with what lies between the pieces that are in use; 0 on the CPU."""
     import torch
 
-    pools = [s for s in torch.cuda.memory_snapshot() if tuple(s.get("segment_pool_id", (0, 0))) != (0, 0)]
-    return sum(s["total_size"] - s["allocated_size"] for s in pools)
+    return torch.cuda.max_memory_reserved() / 2**30 if device == "cuda" else 0.0
 
 
 def profile(step: Callable[[], object], top: int = 25) -> list[tuple[str, float, int]]:
@@ -236,7 +242,7 @@ def report(a: argparse.Namespace, results: dict[str, isolate.Result]) -> None:
     )
     name = a.name or f"train-{a.model}-{a.mode}{'-ckpt' if a.ckpt else ''}-{a.batch}x{a.seq}"
     text = f"### {title}\n\n" + tables.markdown(
-        ["system", "ms/step", "min - max", "tokens/s", "peak GiB", "first step (s)", "loss of steps 1, 2, 3"],
+        ["system", "ms/step", "min - max", "tokens/s", "peak GiB", "reserved", "first step (s)", "loss of steps 1, 2, 3"],
         [row(system, result) for system, result in results.items()],
     )
     ran = {system: r for system, r in results.items() if "error" not in r}
@@ -260,13 +266,14 @@ def report(a: argparse.Namespace, results: dict[str, isolate.Result]) -> None:
 
 def row(system: str, r: isolate.Result) -> list[str]:
     if "error" in r:
-        return [system, r["error"].replace("|", "/"), "", "", "", "", ""]
+        return [system, r["error"].replace("|", "/"), "", "", "", "", "", ""]
     return [
         system,
         f"{r['ms']:.1f}",
         f"{r['min_ms']:.1f} - {r['max_ms']:.1f}",
         f"{r['tokens_per_s']:,.0f}",
         f"{r['peak_gib']:.2f}",
+        f"{r['reserved_gib']:.2f}",
         f"{r['first_step_s']:.1f}",
         ", ".join(f"{loss:.4f}" for loss in r["losses"][:3]),
     ]

@@ -18,7 +18,7 @@ MANY = 4 * 4096              # elements for each multiprocessor from which on a 
 STAGES = 3                   # blocks of rows that a persistent program has in hand or on their way, at most
 SCRATCH = 4 << 10            # bytes of shared memory that it takes beside them
 HELD, WARPS = 32, 8          # elements of a value that each of its threads holds, and warps of a processor's persistent programs
-NARROW = 1024                # lanes of a row below which all of those are one program's
+PROGRAMS, NARROW = 4, 1024   # those programs at most, and lanes of a row below which all of those are one program's
 REGISTERS, APART = 255, 45   # of a thread, and those for other things than rows, columns and sums
 
 
@@ -52,7 +52,7 @@ def choose(p: Pass, bound: Bound, device: torch.device) -> Shape:
         pieces = (min(power_of_two(lanes), 4096 if many else 1024),)
         block_r = max(1, min((4096 if many else 2048) // pieces[0], power_of_two(rows)))
         warps = max(1, min(8, block_r * pieces[0] // 256))
-        here = max(1, min(4, 2 * WARPS // warps))
+        here = max(1, min(PROGRAMS, 2 * WARPS // warps))
     blocks = -(-rows // block_r)
     across = 1 if p.program.reductions else -(-lanes // pieces[0])
     programs, stages = blocks, 1
@@ -78,8 +78,8 @@ def _whole(p: Pass, pieces: tuple[int, ...], rows: int) -> tuple[int, int]:
 
 
 def _summed(p: Pass, pieces: tuple[int, ...], rows: int, processors: int) -> tuple[int, int, int]:
-    """The same where gradients are summed over rows, and programs for each processor, which go through many blocks: 8 warps in all, whose
-    threads hold as many elements as they have registers for, in fp32 beside the sums. But no fewer blocks than programs.
+    """The same where gradients are summed over rows, and programs for each processor, which go through many blocks. The threads of all of
+    them hold as many elements as they have registers for, in fp32 beside the sums; no program is without a block.
     """
     width = sum(pieces)
     values = sum(i.role == "data" and i.kind.lanes for i in p.program.inputs)
@@ -87,9 +87,9 @@ def _summed(p: Pass, pieces: tuple[int, ...], rows: int, processors: int) -> tup
     held = 32 * (HELD if APART + values * HELD <= REGISTERS else HELD // 2)    # by a warp
     least = WARPS if width < NARROW else WARPS // 2                        # many short rows have more to wait for
     warps = max(least, min(16, power_of_two(-(-width // held))))
-    here = max(1, WARPS // warps)
-    most = max(1, min(warps * held // width, rows // (processors * here)))
+    most = max(1, min(warps * held // width, rows // processors))
     block = 1 << most.bit_length() - 1
+    here = max(1, min(PROGRAMS, WARPS * held // (block * width)))
     return block, max(1, min(warps, power_of_two(-(-block * width // held)))), here
 
 

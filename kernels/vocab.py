@@ -19,7 +19,7 @@ import torch
 from slothc.gradients.vocabulary import Chain
 from torch import Tensor
 
-from . import vocab_blocks
+from . import in_place, vocab_blocks
 from .binding import DTYPE
 from .once import once_differentiable
 from .packed import Packed, packs
@@ -195,6 +195,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         *operands, labels, scale, loss = inputs
         given: Given = tuple(operands)  # type: ignore[assignment]
         ctx.loss, ctx.scale, ctx.wants = loss, scale, Wants(*ctx.needs_input_grad[:5])
+        ctx.kept = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None     # somebody else may hold what is saved
         value, factor, grads = _forward(given, labels, scale, loss, ctx.wants, packs(given[0]))
         ctx.dtypes = _dtypes(given)
         ctx.save_for_backward(factor, *(grads if _in_forward(loss, ctx.wants) else (*given, labels)))
@@ -205,7 +206,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         factor, *saved = ctx.saved_tensors
         if _in_forward(ctx.loss, ctx.wants):
-            grads = _scaled(saved, factor * upstream.float(), ctx.dtypes)
+            grads = _scaled(saved, factor * upstream.float(), ctx.dtypes, ctx.kept)
         else:
             *given, labels = saved
             found = _remade(upstream, factor, given, labels, ctx.scale, ctx.loss, ctx.wants)
@@ -217,15 +218,26 @@ def _dtypes(given: Given) -> tuple[torch.dtype | None, ...]:
     return tuple(None if t is None else t.dtype for t in given)
 
 
-def _scaled(saved: Sequence[Tensor | None], by: Tensor, dtypes: Sequence[torch.dtype | None]) -> tuple[Tensor | None, ...]:
-    """Each gradient (of ``Gradients``) times ``by`` ([] or one number for each row), rounded once to its operand's dtype."""
+def _scaled(
+    saved: Sequence[Tensor | None], by: Tensor, dtypes: Sequence[torch.dtype | None], kept: bool
+) -> tuple[Tensor | None, ...]:
+    """Each gradient (of ``Gradients``) times ``by`` ([] or one number for each row), rounded once to its operand's dtype.
+
+    ``kept``: the sums must stay as they are.
+    """
     grads = Gradients(*saved)
     column = by.unsqueeze(-1) if by.dim() else by
     plain = grads[:5] if grads.rest is None else (None, *grads[1:5])
-    found = [None if g is None else torch.mul(g, column, out=torch.empty_like(g, dtype=d)) for g, d in zip(plain, dtypes)]
+    found = [None if g is None or d is None else _rounded(g, column, d, kept) for g, d in zip(plain, dtypes)]
     if grads.hidden is not None and grads.rest is not None:
         found[0] = Packed(grads.hidden, grads.rest).scaled(by.contiguous(), dtypes[0] or torch.float32)
     return tuple(found)
+
+
+def _rounded(sums: Tensor, by: Tensor, dtype: torch.dtype, kept: bool) -> Tensor:
+    if not kept and not by.dim() and in_place.pays(sums, dtype):
+        return in_place.rounded_in_place(sums, by, dtype)
+    return torch.mul(sums, by, out=torch.empty_like(sums, dtype=dtype))
 
 
 def _remade(upstream: Tensor, factor: Tensor, given: Any, labels: Tensor | None, scale: float, loss: Loss, wants: Wants) -> Gradients:

@@ -31,7 +31,7 @@ def is_permutation(view: GraphView, node: fx.Node) -> bool:
 def _order(view: GraphView, node: fx.Node) -> bool:
     """The indices of a sort of a vector."""
     if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
-        return node.args[1] == 1 and _name(node.args[0]) == "sort"
+        return bool(node.args[1] == 1) and _name(node.args[0]) == "sort"
     return _name(node) in ("argsort", "randperm")
 
 

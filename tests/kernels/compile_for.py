@@ -1,8 +1,8 @@
 """Compiles the kernels of representative plans and those of attention for one GPU target, on a machine that needs no GPU:
 ``compile_for.py cuda 90 32``, or with ``0/2`` behind it only every other form's plans, with ``1/2`` the others'.
 
-Prints one JSON line for each kernel: whose it is ("rows", "heads", "tiles", "thin", "packed", "sums", "segments", "rescaled" or
-"scores"), its name, whether it compiled, bytes of shared memory and how many it may have, and the error's text.
+Prints one JSON line for each kernel: whose it is ("rows", "heads", "tiles", "thin", "packed", "sums", "segments", "moved",
+"rescaled" or "scores"), its name, whether it compiled, bytes of shared memory and how many it may have, and the error's text.
 """
 
 # ruff: noqa: E402
@@ -29,6 +29,8 @@ from slothc.kernels import (
     column_sums_kernel,
     joined,
     joined_kernel,
+    moved,
+    moved_kernel,
     packed,
     packed_kernel,
     rescaled,
@@ -161,6 +163,12 @@ def segment_sums() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], d
             yield f"{kernel.__name__} {index}", kernel, types, values, {"num_warps": 4}, SMALL
 
 
+def moving() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any], int]]:
+    for index in ("*i64", "*i32"):
+        types = {"rows": "*bf16", "index": index, "out": "*bf16", "N": "i32", "WIDTH": "i32", "ROWS": "constexpr", "BLOCK": "constexpr"}
+        yield f"move {index}", moved_kernel.move, types, {"ROWS": 4, "BLOCK": moved.WIDEST}, {"num_warps": 4}, SMALL
+
+
 def rescaling() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any], int]]:
     types = {"a": "*fp32", "by": "*fp32", "WIDTH": "i32", "BLOCK": "constexpr"}
     yield "rescale", rescaled_kernel.rescale, types, {"BLOCK": rescaled.BLOCK}, {"num_warps": 4}, SMALL
@@ -201,6 +209,8 @@ def main(backend: str, arch: str, warp: str, part: str = "0/1") -> None:
         print(json.dumps({"of": "packed", **built(*kernel, target)}), flush=True)
     for kernel in segment_sums():
         print(json.dumps({"of": "segments", **built(*kernel, target)}), flush=True)
+    for kernel in moving():
+        print(json.dumps({"of": "moved", **built(*kernel, target)}), flush=True)
     for kernel in rescaling():
         print(json.dumps({"of": "rescaled", **built(*kernel, target)}), flush=True)
     for kernel in kernels(arch):

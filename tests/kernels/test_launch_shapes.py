@@ -38,7 +38,7 @@ def test_blocks_hold_what_there_is(rule: str, direction: str) -> None:
             assert s.partials in (0, s.grid[0]) and s.grid[0] <= blocks * max(1, -(-lanes // s.blocks_l[0]))
 
 
-SHAPES = [(128, 64, 8, 1), (1024, 4, 4, 2), (2048, 2, 4, 2), (2304, 1, 4, 2), (4096, 1, 4, 2), (5120, 1, 8, 1), (8192, 1, 8, 1),
+SHAPES = [(128, 64, 8, 1), (1024, 4, 4, 2), (2048, 2, 4, 2), (2304, 1, 4, 3), (4096, 1, 4, 2), (5120, 1, 8, 1), (8192, 1, 8, 1),
           (16384, 1, 16, 1)]  # fmt: skip
 
 

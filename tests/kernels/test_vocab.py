@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from slothc.gradients.vocabulary import Chain
-from slothc.kernels import vocab_chunks, vocab_rows
+from slothc.kernels import in_place, vocab_chunks, vocab_rows
 from slothc.kernels.binding import DTYPE
 from slothc.kernels.torch_lowering import TorchLauncher
 from slothc.kernels.triton_launch import TritonLauncher
@@ -106,6 +106,44 @@ def test_backward_twice_and_other_upstream():
     again = torch.autograd.grad(loss * 3, ops)
     for a, b in zip(first, again):
         torch.testing.assert_close(a * 3, b)
+
+
+@pytest.mark.parametrize("upstream", [1.0, 0.37])
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_trained_weight_is_rounded_in_place_where_nobody_reads_its_sums_again(tied, upstream, device, monkeypatch):
+    """The same bits as beside them; the sums stay where a second backward, or who was given them, may read them."""
+    monkeypatch.setattr(in_place, "LEAST", 0)
+    monkeypatch.setattr(in_place, "FIRST", 5)
+    rounded = in_place.rounded_in_place
+    places = []
+
+    def noted(sums, *more):
+        places.extend([sums.data_ptr()] * (sums.shape[0] == 57))           # hidden's sums lie in fp32, too, where they are not packed
+        return rounded(sums, *more)
+
+    monkeypatch.setattr(in_place, "rounded_in_place", noted)
+    torch.manual_seed(4)
+    weight = torch.randn(57, 8, device=device, dtype=torch.bfloat16, requires_grad=True)
+    ids, labels = (torch.randint(0, 57, (2, 6), device=device) for _ in range(2))
+
+    def loss():
+        hidden = F.embedding(ids, weight) if tied else torch.ones(2, 6, 8, device=device, dtype=torch.bfloat16)
+        return linear_cross_entropy(hidden, weight, None, labels) * upstream
+
+    both = loss()
+    kept = torch.autograd.grad(both, weight, retain_graph=True)[0]
+    assert not places
+    again = torch.autograd.grad(both, weight)[0]
+    assert len(places) == 1 and torch.equal(kept, again)
+    if not tied:
+        assert again.data_ptr() == places[0] and again.is_contiguous()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        watched = loss()
+    assert torch.equal(torch.autograd.grad(watched, weight)[0], kept) and len(places) == 1
+    loss().backward()
+    loss().backward()
+    assert len(places) == 3 and torch.equal(weight.grad, kept + kept)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
