@@ -51,8 +51,8 @@ def sums_rows(p: Pass) -> bool:
 
 
 def staged(p: Pass, loop: bool) -> bool:
-    """Whether a tile kernel of the pass goes over many blocks of rows: it takes ``STAGES``, how many are on their way at once, and
-    ``EARLY``, whether the launch that adds up its sums may start, and wait, while it runs.
+    """Whether a tile kernel of the pass goes over many blocks of rows. It takes ``STAGES``, how many are on their way at once, and ``EARLY``,
+    whether the launch that adds up its sums may start, and wait, while it runs.
     """
     return not loop and sums_rows(p)
 
