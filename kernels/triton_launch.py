@@ -13,7 +13,7 @@ from torch import Tensor
 from .binding import fold_rows, put
 from .cache import load
 from .column_sums import ColumnSums
-from .devices import INTERPRET, dependent, nvidia
+from .devices import INTERPRET, nvidia
 from .direct import Direct
 from .records import Launch, Recorded, clear
 from .shapes import choose, even
@@ -59,7 +59,7 @@ class TritonLauncher(Recorded):
         options = dict(BLOCK_R=shape.block_r, **blocks, WIDE=bound.wide, EVEN_R=even_r, EVEN_L=even_l,
                        num_warps=shape.warps, enable_fp_fusion=FUSION)  # fmt: skip
         if staged(p, shape.loop):
-            options |= {"STAGES": shape.stages, "EARLY": dependent(device)["WAITS"]}
+            options["STAGES"] = shape.stages
         run = Direct(kernel, shape.grid, integers, options, device)
         pick = _picker(ins, [len(p.reads) + i for i in outs])
         if not totals:

@@ -51,9 +51,7 @@ def sums_rows(p: Pass) -> bool:
 
 
 def staged(p: Pass, loop: bool) -> bool:
-    """Whether a tile kernel of the pass goes over many blocks of rows. It takes ``STAGES``, how many are on their way at once, and ``EARLY``,
-    whether the launch that adds up its sums may start, and wait, while it runs.
-    """
+    """Whether a tile kernel of the pass goes over many blocks of rows, and takes ``STAGES``: how many are on their way at once."""
     return not loop and sums_rows(p)
 
 
@@ -90,7 +88,7 @@ class _Kernel:
         sizes = [i.name for i in self.program.inputs if i.role == "size"]
         yield "@triton.jit"
         yield f"def {name}({', '.join([*pointers, *integers, *sizes, 'ROWS', 'LANES'])},"
-        constants = ("BLOCK_R", *block_names(pieces), "WIDE", "EVEN_R", "EVEN_L", *(("STAGES", "EARLY") if staged(self.p, loop) else ()))
+        constants = ("BLOCK_R", *block_names(pieces), "WIDE", "EVEN_R", "EVEN_L", *(("STAGES",) if staged(self.p, loop) else ()))
         yield f"{' ' * (5 + len(name))}{', '.join(f'{c}: tl.constexpr' for c in constants)}):"
         lines = self._loop() if loop else self._tile(pieces == 1)
         if pieces > 1:
@@ -251,8 +249,6 @@ class _Kernel:
 
     def _tile(self, whole: bool) -> Iterator[str]:
         needed = set(self.kinds)
-        if self.sums:
-            yield from ("if EARLY:", "    tl.extra.cuda.gdc_launch_dependents()")
         first = "tl.program_id(1) * BLOCK_L"
         if flat(self.p):                                                  # neighbours in a row are neighbours in time
             yield "across = tl.cdiv(LANES, BLOCK_L)"

@@ -81,7 +81,7 @@ def signature(p: Pass, kernel: Any) -> dict[str, str]:
     types = {f"in{t}": POINTER[o.dtype] for t, o in enumerate(p.reads)} | {f"out{t}": POINTER[o.dtype] for t, o in enumerate(p.writes)}
     found = {}
     for name in kernel.arg_names:
-        if name.startswith(("BLOCK_", "EVEN_")) or name in ("WIDE", "STAGES", "EARLY"):
+        if name.startswith(("BLOCK_", "EVEN_")) or name in ("WIDE", "STAGES"):
             found[name] = "constexpr"
         elif name.startswith(("sum_", "part_")):
             found[name] = "*fp32"
@@ -93,7 +93,7 @@ def signature(p: Pass, kernel: Any) -> dict[str, str]:
 def planned(name: str, p: Pass, groups: triton_arguments.Groups, loop: bool, pieces: int, target: GPUTarget) -> dict[str, Any]:
     kernel = cache.load("compile_for", triton_source.source(p, groups, loop, pieces=pieces, nvidia=target.backend == "cuda")).kernel
     lanes = dict(zip(triton_pieces.block_names(pieces), (1024 if loop else 64, 16)))
-    values = {"BLOCK_R": 1 if loop else 2, **lanes, "WIDE": "layer_norm" in name, "STAGES": 3, "EARLY": target.arch == 90}
+    values = {"BLOCK_R": 1 if loop else 2, **lanes, "WIDE": "layer_norm" in name, "STAGES": 3}
     values |= {"EVEN_R": pieces == 1, "EVEN_L": pieces == 1}
     return built(name, kernel, signature(p, kernel), values, {"num_warps": 4}, SMALL, target)
 
