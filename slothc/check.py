@@ -187,8 +187,8 @@ def draw(view: GraphView, node: fx.Node, resize: dict[int, int] | None = None, p
     if example.dtype.is_floating_point or example.dtype.is_complex:
         memory = torch.randn(span, dtype=example.dtype, device=example.device)
         memory = memory.abs() + 0.1 if positive and not example.dtype.is_complex else memory
-    elif example.dim() == 1 and is_permutation(view, node):
-        return torch.randperm(shape[0], device=example.device).to(example.dtype)
+    elif is_permutation(view, node):
+        return torch.randperm(prod(shape), device=example.device).to(example.dtype).view(shape)
     else:
         memory = torch.randint(0, _choices(view, node, resize or {}), (span,), device=example.device).to(example.dtype)
     return memory.as_strided(shape, strides)

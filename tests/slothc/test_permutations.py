@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -10,6 +11,7 @@ from slothc.kernels import lookup
 from torch import Tensor
 
 from slothc.capture import captured
+from slothc.errors import RegionDropped
 from slothc.permutations import is_permutation
 from slothc.view import GraphView
 
@@ -104,9 +106,14 @@ def longer(x: Tensor, s: Tensor, keys: Tensor) -> Tensor:
     return torch.tanh(x[torch.argsort(keys[:4])] * 2.0) * s[:4].unsqueeze(-1)
 
 
+def in_pairs(x: Tensor, s: Tensor, keys: Tensor) -> Tensor:
+    """An index of two dimensions: a row's two places side by side."""
+    return (x[keys.argsort().to(torch.int32).view(3, 2)] * s[0]).exp().sum(1)
+
+
 @pytest.mark.usefixtures("triton_kernels")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("function, moves", [(routed, 4), (longer, 1)], ids=lambda f: getattr(f, "__name__", ""))
+@pytest.mark.parametrize("function, moves", [(routed, 4), (longer, 1), (in_pairs, 1)], ids=lambda f: getattr(f, "__name__", ""))
 def test_gradients_are_moved(function: Callable[..., Tensor], moves: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """As eager's in float64, within the dtype's rounding, without a sum of rows."""
     seen: list[int] = []
@@ -118,7 +125,9 @@ def test_gradients_are_moved(function: Callable[..., Tensor], moves: int, dtype:
     own = [v.clone().requires_grad_() for v in values]
     exact = [v.double().requires_grad_() for v in values]
     run = torch.compile(function, backend="sloth", fullgraph=True)
-    result = run(*own, KEYS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RegionDropped)
+        result = run(*own, KEYS)
     seen.clear()
     result.square().sum().backward()
     function(*exact, KEYS).square().sum().backward()
