@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .tracing import traced
+
 FIRST = 1 << 20       # elements that are rounded beside their place; those behind them follow in parts as long as all before
 LEAST = 64 << 20      # bytes of a matrix that is worth the launches
 
@@ -12,7 +14,7 @@ LEAST = 64 << 20      # bytes of a matrix that is worth the launches
 def pays(sums: Tensor, dtype: torch.dtype) -> bool:
     """Whether these are fp32 sums of that size, without gaps, to be rounded to half the width, and nobody is to read them again."""
     wide = sums.dtype is torch.float32 and dtype.itemsize == 2 and sums.nbytes >= LEAST and sums.is_contiguous()
-    return wide and not torch._C._autograd._get_current_graph_task_keep_graph() and not _recorded(sums.device)
+    return wide and not traced(sums) and not torch._C._autograd._get_current_graph_task_keep_graph() and not _recorded(sums.device)
 
 
 def _recorded(device: torch.device) -> bool:

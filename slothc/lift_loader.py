@@ -158,7 +158,7 @@ class Loader:
         index = at if along else (*index[:dim], *at, *index[dim + 1 :])
         which = next((k for k, leaf in enumerate(self.leaves) if leaf is table and k not in self.lookups), len(self.leaves))
         self.leaves += [table] * (which == len(self.leaves))
-        once = dim == 0 and not along and is_permutation(self.view, table)
+        once = dim == 0 and skipped is None and not along and is_permutation(self.view, table)
         return Access(self._operand(node, index, LeafLookup(which, dim, skipped, along, signed, once, at)), index)
 
     def _operand(self, node: fx.Node, index: tuple[Form, ...], lookup: LeafLookup | None) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from .permutations import is_permutation
 from .regions import Cone
 from .sizes import shape_of
 from .view import GraphView
@@ -26,7 +27,8 @@ def structure(view: GraphView, cone: Cone) -> tuple[str, list[fx.Node], list[fx.
             return place[arg]
         if arg not in leaves:
             leaves[arg] = f"leaf{len(leaves)}"
-            lines.append(f"{leaves[arg]}: {_describe(view, arg, strides=False)}")
+            once = " permutation" if _integers(view, arg) and is_permutation(view, arg) else ""
+            lines.append(f"{leaves[arg]}: {_describe(view, arg, strides=False)}{once}")
         return leaves[arg]
 
     for node in nodes:
@@ -40,6 +42,11 @@ def structure(view: GraphView, cone: Cone) -> tuple[str, list[fx.Node], list[fx.
 
 def _param(value: Any) -> str:
     return f"{value}" if not isinstance(value, fx.Node) else "<node>"
+
+
+def _integers(view: GraphView, node: fx.Node) -> bool:
+    value = view.example(node)
+    return isinstance(value, torch.Tensor) and not value.is_floating_point() and not value.is_complex()
 
 
 def _describe(view: GraphView, node: fx.Node, strides: bool) -> str:

@@ -61,6 +61,7 @@ class GraphView:
         self._nested = _nested(self.nodes)
         self._alive: set[fx.Node] | None = None
         self._mutated: set[fx.Node] | None = None
+        self._memories: list[list[fx.Node]] | None = None
         self._children: dict[tuple[fx.Node, fx.GraphModule], GraphView] = {}
 
     def op(self, node: fx.Node) -> Op:
@@ -188,6 +189,11 @@ class GraphView:
 
     def memories(self) -> list[list[fx.Node]]:
         """The values that may share storage with one that is written to, set by set, each in order."""
+        if self._memories is None:
+            self._memories = self._find_memories()
+        return self._memories
+
+    def _find_memories(self) -> list[list[fx.Node]]:
         groups, found = self._groups(), dict[fx.Node, list[fx.Node]]()
         for node in self.nodes:
             found.setdefault(groups.root(node), []).append(node)
