@@ -199,6 +199,26 @@ def base_model(name: str, device: str, *, layers: int | None = None, attn: str =
     return model.train()
 
 
+def in_four_bits(model: Any) -> Any:
+    """Every linear but the head in NF4 with its scales in eight bits, as ``BitsAndBytesConfig`` loads it for QLoRA."""
+    import bitsandbytes as bnb
+    import torch
+
+    for name, module in [(n, m) for n, m in model.named_modules() if type(m) is torch.nn.Linear]:
+        if module is model.get_output_embeddings():
+            continue
+        weight = module.weight.data
+        made = bnb.nn.Linear4bit(
+            module.in_features, module.out_features, bias=False, compute_dtype=weight.dtype, quant_type="nf4", device="meta"
+        )
+        made.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=True, module=made)
+        made.bias = module.bias
+        parent, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), own, made.to(weight.device))
+    model.is_loaded_in_4bit = True                     # PEFT then takes its layers for such a base
+    return model
+
+
 def with_adapters(model: Any, name: str, *, fp32: bool) -> Any:
     """LoRA r=16 on all linears of a layer, values seeded by name. ``fp32`` keeps adapters wider than the base."""
     from peft import LoraConfig, get_peft_model
@@ -265,7 +285,7 @@ def environment(device: str) -> dict[str, str]:
         "device": torch.cuda.get_device_name() if device == "cuda" else cpu,
         "python": platform.python_version(),
     }
-    for package in ("torch", "triton", "transformers", "peft", "liger-kernel", "unsloth", "cut-cross-entropy"):
+    for package in ("torch", "triton", "transformers", "peft", "liger-kernel", "unsloth", "cut-cross-entropy", "bitsandbytes"):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

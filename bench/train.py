@@ -30,6 +30,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--mode", choices=["lora", "full"], default="lora")
     parser.add_argument("--ckpt", action="store_true", help="activation checkpointing (Unsloth: its offloading one)")
     parser.add_argument("--adapter-dtype", choices=["base", "fp32"], default="base")
+    parser.add_argument("--base", choices=["bf16", "nf4"], default="bf16", help="how the weights under the adapters are held")
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--timeout", type=float, default=600, help="seconds for one system")
@@ -83,6 +84,8 @@ def build(system: str, a: argparse.Namespace) -> Any:
     if system == "liger":
         systems.patch_liger(a.model)
     model = systems.base_model(a.model, a.device, layers=a.layers, attn=a.attn)
+    if a.base == "nf4":
+        model = systems.in_four_bits(model)
     if a.mode == "lora":
         model = systems.with_adapters(model, a.model, fp32=a.adapter_dtype == "fp32")
     if a.ckpt:
@@ -100,7 +103,7 @@ def unsloth_model(a: argparse.Namespace) -> Any:
         a.saved,
         max_seq_length=a.seq,
         dtype=torch.bfloat16,
-        load_in_4bit=False,
+        load_in_4bit=a.base == "nf4",
         device_map={"": 0},
         full_finetuning=a.mode == "full",
     )
@@ -238,9 +241,9 @@ def profile(step: Callable[[], object], top: int = 25) -> list[tuple[str, float,
 def report(a: argparse.Namespace, results: dict[str, isolate.Result]) -> None:
     title = (
         f"{a.model}, {a.mode}{' + checkpointing' if a.ckpt else ''}, {a.batch} x {a.seq} tokens, attention {a.attn}, "
-        f"adapters {a.adapter_dtype}, {a.device}"
+        f"adapters {a.adapter_dtype}, base {a.base}, {a.device}"
     )
-    name = a.name or f"train-{a.model}-{a.mode}{'-ckpt' if a.ckpt else ''}-{a.batch}x{a.seq}"
+    name = a.name or f"train-{a.model}-{a.mode}{'-ckpt' if a.ckpt else ''}{'-nf4' if a.base == 'nf4' else ''}-{a.batch}x{a.seq}"
     text = f"### {title}\n\n" + tables.markdown(
         ["system", "ms/step", "min - max", "tokens/s", "peak GiB", "reserved", "first step (s)", "loss of steps 1, 2, 3"],
         [row(system, result) for system, result in results.items()],

@@ -18,6 +18,7 @@ import torch
 from slothc.gradients.matrix import ONES
 from torch import Tensor
 
+from .four_bit import Held
 from .lowrank_program import OPERANDS, program, straight
 from .once import once_differentiable
 from .products import LOW, Matrix, Ones, native, widens
@@ -80,7 +81,7 @@ class _Options(NamedTuple):
     layout: str = "nk"
 
 
-def _form(weight: Tensor, a: Tensor, b: Tensor, options: _Options) -> _Form:
+def _form(weight: Tensor | Held, a: Tensor, b: Tensor, options: _Options) -> _Form:
     low, adapter = options.out_dtype or weight.dtype, options.adapter_dtype
     if adapter is None:  # a base that is cast (autocast) has its adapter cast with it
         adapter = low if weight.dtype is not low else torch.promote_types(a.dtype, b.dtype)
@@ -115,14 +116,15 @@ class _LoraLinear(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         xa: Tensor | None,
-        weight: Tensor,
+        weight: Tensor | Held,
         bias: Tensor | None,
         a: Tensor,
         b: Tensor,
         scale: float,
         form: _Form,
     ) -> Tensor:
-        ctx.form = form
+        ctx.form, ctx.held = form, weight if isinstance(weight, Held) else None
+        weight = weight.whole() if isinstance(weight, Held) else weight
         ctx.wanted = tuple(name for name, wanted in zip(OPERANDS, ctx.needs_input_grad) if wanted)
         ctx.key = (form.layout, bias is not None, xa is None, ctx.wanted)
         ctx.scale = scale
@@ -131,7 +133,7 @@ class _LoraLinear(torch.autograd.Function):
         ctx.shapes = (x.shape, x.dtype, None if xa is None else xa.dtype, None if bias is None else bias.dtype)
         ctx.dtypes = {"W": weight.dtype, "A": a.dtype, "B": b.dtype, "b": bias.dtype if bias is not None else None}
         ctx.save_for_backward(
-            *(t if n in reads else None for n, t in zip(OPERANDS, (x, xa, weight, None, a, b))), *kept
+            *(t if n in reads else None for n, t in zip(OPERANDS, (x, xa, None if ctx.held else weight, None, a, b))), *kept
         )
         return y
 
@@ -141,6 +143,7 @@ class _LoraLinear(torch.autograd.Function):
         plan, form = program(*ctx.key), ctx.form
         shape, x_dtype, xa_dtype, _ = ctx.shapes
         x, xa, weight, _, a, b, *kept = ctx.saved_tensors
+        weight = ctx.held.whole() if ctx.held and "W" in plan.reads else weight
         found: dict[str, Tensor] = {}
         with _without_autocast(grad.device):
             env = _operands(form, grad, {"X": x, "Xa": xa, "W": weight, "A": a, "B": b})
@@ -185,7 +188,7 @@ def _gradient_dtype(
 def _check(
     x: Tensor,
     xa: Tensor | None,
-    weight: Tensor,
+    weight: tuple[int, ...],
     bias: Any,
     a: Tensor,
     b: Tensor,
@@ -195,7 +198,7 @@ def _check(
         raise ValueError(f"lora_linear: layout {layout!r} is not one of {', '.join(LAYOUTS)}")
     if not x.is_floating_point():
         raise TypeError(f"lora_linear: x is {x.dtype}; a floating-point tensor is needed")
-    n, k = weight.shape if layout == "nk" else weight.shape[::-1]
+    n, k = weight if layout == "nk" else weight[::-1]
     if (
         x.shape[-1] != k
         or a.shape[1] != k
@@ -204,7 +207,7 @@ def _check(
         or (xa is not None and xa.shape != x.shape)
     ):
         raise ValueError(
-            f"lora_linear: x {tuple(x.shape)}, weight {tuple(weight.shape)} ({layout}), a {tuple(a.shape)}, "
+            f"lora_linear: x {tuple(x.shape)}, weight {tuple(weight)} ({layout}), a {tuple(a.shape)}, "
             f"b {tuple(b.shape)} do not fit: "
             "x and xa are [..., K], weight [N, K] for nk or [K, N] for kn, a [r, K], b [N, r]"
         )
@@ -274,23 +277,25 @@ class _Uniform(torch.autograd.Function):
         )
 
 
-def _autograd(x: Tensor, xa: Tensor | None, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, *last: Any) -> Tensor:
+def _autograd(
+    x: Tensor, xa: Tensor | None, weight: Tensor | Held, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, *last: Any
+) -> Tensor:
     options = _Options(*last)
-    _check(x, xa, weight, bias, a, b, options.layout)
-    if _uniform(x, xa, weight, bias, a, b, options):
+    _check(x, xa, weight.shape, bias, a, b, options.layout)
+    if isinstance(weight, Tensor) and _uniform(x, xa, weight, bias, a, b, options):
         return _Uniform.apply(x, xa, weight, a, b, scale, options.layout)
     return _LoraLinear.apply(x, xa, weight, bias, a, b, scale, _form(weight, a, b, options))
 
 
 def _plain(x: Tensor, xa: Tensor | None, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, *last: Any) -> Tensor:
     options = _Options(*last)
-    _check(x, xa, weight, bias, a, b, options.layout)
+    _check(x, xa, weight.shape, bias, a, b, options.layout)
     return _forward(x, xa, weight, bias, a, b, scale, _form(weight, a, b, options), ())[0]
 
 
 def _fake(x: Tensor, xa: Tensor | None, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, *last: Any) -> Tensor:
     options = _Options(*last)
-    _check(x, xa, weight, bias, a, b, options.layout)
+    _check(x, xa, weight.shape, bias, a, b, options.layout)
     return x.new_empty((*x.shape[:-1], b.shape[0]), dtype=options.out_dtype or weight.dtype)
 
 
@@ -307,7 +312,7 @@ torch.library.register_fake("sloth::lora_linear", _fake, lib=_LIBRARY)
 def lora_linear(
     x: Tensor,
     xa: Tensor | None,
-    weight: Tensor,
+    weight: Tensor | Held,
     bias: Tensor | None,
     a: Tensor,
     b: Tensor,
@@ -318,12 +323,13 @@ def lora_linear(
 ) -> Tensor:
     """x W' + bias + scale * (xa A') B', summed in fp32 and rounded once to ``out_dtype``.
 
-    x [..., K]; xa [..., K] what the adapter reads, None for x itself; weight [N, K], or [K, N] for ``layout`` "kn";
-    bias [N] or None; a [r, K]; b [N, r]. Any strides, zero tokens included. ``out_dtype`` (default: weight's) is what
-    operands are cast to and the result's dtype; ``adapter_dtype`` is what the adapter computes in (default: its own,
-    or ``out_dtype`` where the base is cast). Gradients are once differentiable. Raises ValueError for shapes or a
+    x [..., K]; xa [..., K] what the adapter reads, None for x itself; weight [N, K], or [K, N] for ``layout`` "kn", or [N, K] held in
+    four bits, which is made whole for each pass and not kept; bias [N] or None; a [r, K]; b [N, r]. Any strides, zero tokens included.
+    ``out_dtype`` (default: weight's) is what operands are cast to and the result's dtype; ``adapter_dtype`` is what the adapter computes
+    in (default: its own, or ``out_dtype`` where the base is cast). Gradients are once differentiable. Raises ValueError for shapes or a
     layout that do not fit, TypeError for an integer x. The backward is ``gradients.matrix.lora_plan``'s.
     """
     if traced(x):
+        weight = weight.whole() if isinstance(weight, Held) else weight
         return torch.ops.sloth.lora_linear(x, xa, weight, bias, a, b, scale, out_dtype, adapter_dtype, layout)
     return _autograd(x, xa, weight, bias, a, b, scale, out_dtype, adapter_dtype, layout)

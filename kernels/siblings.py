@@ -19,6 +19,7 @@ from slothc.gradients.remake import Remaking, remaking
 from torch import Tensor
 
 from . import rowwise_op
+from .four_bit import taken
 from .lowrank import _rows, _without_autocast, lora_linear
 from .once import once_differentiable
 from .rowwise import launcher
@@ -75,8 +76,8 @@ def call(plan: Plan | None, linears: Sequence[Linear]) -> Callable[..., tuple[Te
     """A function of the region's operands, or x, and then the operands of each linear (``Linear.operands``). It returns the y of each and
     then the region's other results.
 
-    W and b of an adapted linear are frozen. Everything is of one dtype, but for adapters in fp32. Raises ValueError for a region that has
-    no backward.
+    W and b of an adapted linear are frozen. Everything is of one dtype, but for adapters in fp32 and weights that are held in four bits.
+    Raises ValueError for a region that has no backward.
     """
     static = Siblings(plan, tuple(linears))
     if plan is not None:
@@ -103,9 +104,10 @@ def _apart(s: Siblings, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def _one(x: Tensor, linear: Linear, own: Sequence[Tensor]) -> Tensor:
+    w, rest = taken(linear.held, own)
     if not linear.rank:
-        return torch.nn.functional.linear(x, *own)
-    w, a, b, *bias = own
+        return torch.nn.functional.linear(x, w, *rest)
+    a, b, *bias = rest
     return lora_linear(x, None, w, bias[0] if bias else None, a, b, linear.scale)
 
 

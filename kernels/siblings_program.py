@@ -22,6 +22,7 @@ import sympy as sp
 import torch
 from slothc.gradients.matrix import Factor, MatrixPlan, Step, Term, linear_plan, lora_plan
 
+from .four_bit import FourBit
 from .joined import joined
 from .summed import summed
 from .thin import across, along, both
@@ -31,22 +32,30 @@ X = "X"
 
 @dataclass(frozen=True)
 class Linear:
-    """One of them: scale and rank of its adapter (rank 0: it has none), whether it has a bias. Without an adapter it may be trained."""
+    """One of them: scale and rank of its adapter (rank 0: it has none), whether it has a bias, and how a weight is held that is not there
+    as it is. Without an adapter it may be trained.
+    """
 
     scale: float = 1.0
     rank: int = 0
     trained: bool = False
     bias: bool = False
+    held: FourBit | None = None
+
+    @property
+    def weight(self) -> tuple[str, ...]:
+        """W [N, K], or what it is made of."""
+        return ("W",) if self.held is None else self.held.operands
 
     @property
     def operands(self) -> tuple[str, ...]:
-        """What it reads besides x: W [N, K], with an adapter A [r, K] and B [N, r], and a bias b [N]."""
-        return ("W", *(("A", "B") if self.rank else ()), *(("b",) if self.bias else ()))
+        """What it reads besides x: its weight, with an adapter A [r, K] and B [N, r], and a bias b [N]."""
+        return (*self.weight, *(("A", "B") if self.rank else ()), *(("b",) if self.bias else ()))
 
     @property
     def read(self) -> tuple[str, ...]:
         """Those that the gradient of x reads."""
-        return ("W", "B") if self.rank else ("W",)
+        return (*self.weight, "B") if self.rank else self.weight
 
     @property
     def wanted(self) -> tuple[str, ...]:
@@ -79,6 +88,7 @@ def stacked(linears: tuple[Linear, ...]) -> Stacked:
     source = "\n".join([*text.forward(), *text.towards(), *text.weights()])
     space: dict[str, Any] = {"mm": torch.mm, "addmm": torch.addmm, "cat": torch.cat, "joined": joined, "summed": summed}
     space |= {"across": across, "along": along, "both": both}
+    space |= {f"whole{k}": m.held.whole for k, m in enumerate(linears) if m.held is not None}
     exec(compile(source, f"<{len(linears)} linears>", "exec"), space)
     return Stacked(space["forward"], space["towards"], space["weights"], source)
 
@@ -103,22 +113,24 @@ class _Text:
             lines = [lines[0], f"    A = {stack}", "    T = across(X, A.t())", f"    # {self.of[self.adapted[0]].inner}"]
         for k, m in self.linears.items():
             *others, base = self.of[k].result.terms
+            lines += self._whole(k)
             if m.rank:
                 factors, scale = self._pair(others[-1], k), self._number(others[-1], k)
                 lines.append(f"    Y{k} = joined({factors}, {scale}, {self._pair(base, k)}{f', b{k}' if m.bias else ''})")
             else:
                 lines.append(f"    Y{k} = {f'addmm(b{k}, ' if m.bias else 'mm('}{self._pair(base, k)})")
-            lines.append(f"    # {self.of[k].result}")
+            lines += [f"    # {self.of[k].result}", *([f"    del W{k}"] if m.held is not None else [])]
         return [*lines, f"    return {', '.join(f'Y{k}' for k in self.linears)}, T, A"]
 
     def towards(self) -> list[str]:
         arguments = [*(f"G{k}" for k in self.linears), *(f"{name}{k}" for k, m in self.linears.items() for name in m.read)]
         lines = [f"def towards({', '.join(arguments)}, A, T, want):", *(self._back() if self.adapted else ["    U = dB = None"])]
         pairs = [self._pair(self.of[k].dx.terms[-1], k) for k in self.linears]
+        lines += ["    if not want: return None, U, dB", *(line for k in self.linears for line in self._whole(k))]
         if self.adapted:
-            lines.append(f"    dX = summed(({', '.join(f'({p})' for p in pairs)},), U, A) if want else None")
+            lines.append(f"    dX = summed(({', '.join(f'({p})' for p in pairs)},), U, A)")
         else:
-            lines += ["    if not want: return None, U, dB", f"    dX = mm({pairs[0]})", *(f"    dX.addmm_({p})" for p in pairs[1:])]
+            lines += [f"    dX = mm({pairs[0]})", *(f"    dX.addmm_({p})" for p in pairs[1:])]
         notes = dict.fromkeys(f"    # {s.dx}" for s in self.of)
         return [*lines, *notes, "    return dX, U, dB"]
 
@@ -143,6 +155,11 @@ class _Text:
                 lines += [f"    db{k} = G{k}.sum(0)", f"    # {steps['b']}"] if m.bias else []
         return [*lines, f"    return {', '.join(found)},"]
 
+    def _whole(self, k: int) -> list[str]:
+        """W, where it is held in another form."""
+        held = self.linears[k].held
+        return [] if held is None else [f"    W{k} = whole{k}({', '.join(f'{name}{k}' for name in held.operands)})"]
+
     def _pair(self, term: Term, k: int) -> str:
         assert term.right is not None
         return f"{self._spell(term.left, k)}, {self._spell(term.right, k)}"
@@ -165,7 +182,7 @@ class _Steps:
     def __init__(self, linear: Linear) -> None:
         self.linear, plan = linear, linear.plan
         self.inner, self.result = (plan.forward[0], plan.forward[-1])
-        backward = plan.backward_for((X, *(linear.wanted if linear.rank else linear.operands)))
+        backward = plan.backward_for((X, *(linear.wanted if linear.rank else ("W", "b") if linear.bias else ("W",))))
         made = dict(plan.gradients)
         self.gradients: dict[str, Step] = {name: s for name in made for s in backward if s.name == made[name]}
         self.dx = self.gradients[X]

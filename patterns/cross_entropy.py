@@ -236,6 +236,8 @@ def _check_linear(view: View, head: _Head, labels: fx.Node) -> tuple[fx.Node, fx
         raise _Stop(f"the logits are {z.dtype}; the kernels know {', '.join(str(d) for d in DTYPES)}")
     if not (h.is_floating_point() and w.is_floating_point()):
         raise _Stop("the linear's operands are not floating-point")
+    if view.op(weight).kind == "whole":
+        raise _Stop("the weight is held in four bits")
     devices = {view.value(n).device for n in (hidden, weight, bias, labels) if isinstance(n, fx.Node)}
     if len(devices) > 1:
         raise _Stop(f"operands are on several devices: {', '.join(sorted(map(str, devices)))}")

@@ -110,9 +110,14 @@ def _is_linear(view: View, node: Any) -> bool:
 
 
 def _branch(view: View, node: Any) -> Branch | None:
-    """The adapter that ends in ``node``; None where it is not two linears in a row."""
+    """The adapter that ends in ``node``; None where it is not two linears in a row. Its value may be narrowed before it is added (PEFT does
+    beside a base in four bits): the sum here is not the poorer by that rounding.
+    """
     inside: list[fx.Node] = []
     factors: list[fx.Node] = []
+    if isinstance(node, fx.Node) and view.op(node).kind == "cast" and not _widens(view, node) and view.value(node).dtype in FLOATS:
+        inside.append(node)
+        node = view.op(node).args[0]
     up, s1 = _scaled(view, node, inside, factors)
     late = len(factors)
     if not _is_linear(view, up):
@@ -199,6 +204,19 @@ def _adapter_input(view: View, base: Base, branch: Branch, inside: list[fx.Node]
     raise _Unlike
 
 
+def _read_by_both(view: View, x: fx.Node, source: fx.Node) -> fx.Node:
+    """The value that the base reads as ``x``, before casts that do nothing where the adapter's ``source`` is without them."""
+    passed: list[fx.Node] = []
+    behind = {_peel(view, source, passed), *passed}
+    node = x
+    while node not in behind:
+        op = view.op(node)
+        if op.kind != "identity" and not (op.kind == "cast" and view.value(op.args[0]).dtype is view.value(node).dtype):
+            return x
+        node = op.args[0]
+    return node
+
+
 def _guard(view: View, base: Base, branch: Branch, out: torch.dtype) -> None:
     """Raise where the value is LoRA but the kernel does not compute it."""
     a, b, weight = (view.value(n) for n in (branch.a, branch.b, base.weight))
@@ -258,7 +276,7 @@ def _match(view: View, node: fx.Node) -> Match | None:
     for branch in branches:
         _guard(view, base, branch, out)
     whole = view.value(base.x).shape[:-1] == view.value(node).shape[:-1]
-    x = base.x if whole else _peel(view, base.x, [], reshapes=True)
+    x = _read_by_both(view, base.x, branches[0].source) if whole else _peel(view, base.x, [], reshapes=True)
     inputs = {"x": x, "xa": xa, "weight": base.weight, "bias": base.bias, **_adapter(branches[0])}
     attrs = {"out_dtype": out, "adapter_dtype": _widest(view, branches), "layout": base.layout}
     return Match(NAME, node, _leaves(view, node, inside), inputs | {"more": tuple(map(_adapter, branches[1:]))}, attrs)

@@ -25,7 +25,7 @@ class Op:
     - views: ``reshape``, ``permute`` (``dims``), ``expand``, ``index`` (``items``: int, slice, None or Ellipsis-free per dim),
       ``cat`` (``dim``), ``stack`` (``dim``), ``split`` (``dim``, ``sizes``), ``item`` (``number`` of a tuple), ``repeat_interleave``,
     - ``linear`` (args x, weight, bias; ``params["layout"]`` is "nk" for weight [out, in], "kn" for [in, out]), ``matmul``, ``sdpa``,
-      ``cross_entropy``, ``dropout`` (p > 0), ``embedding``,
+      ``cross_entropy``, ``dropout`` (p > 0), ``embedding``, ``whole`` (a frozen weight from what it is held in; ``form``: how),
     - ``input`` (placeholders, attributes) and ``opaque`` for everything else.
     """
 

@@ -7,13 +7,14 @@ read are summed in one accumulator, and where only linears read it, it is not ke
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
 
 from slothc.gradients.remake import remaking
 from slothc.kernels import siblings
+from slothc.kernels.four_bit import FourBit
 from slothc.kernels.joined import LOW, takes_wide
 from slothc.kernels.products import native
 from slothc.kernels.siblings_program import Linear
@@ -26,14 +27,27 @@ from .view import GraphView
 
 @dataclass(frozen=True)
 class Reader:
-    """A linear of ``x``: ``node`` is its result, ``nodes`` compute it, ``operands`` are read besides x. ``match``: its adapter's."""
+    """A linear of ``x``: ``node`` is its result, ``nodes`` compute it, ``weight`` (whole, or what it is held in) and ``others`` are read
+    besides x; ``whole`` is the weight itself. ``match``: its adapter's.
+    """
 
     x: fx.Node
     node: fx.Node
     nodes: tuple[fx.Node, ...]
-    operands: tuple[fx.Node, ...]
+    whole: fx.Node
+    weight: tuple[fx.Node, ...]
+    others: tuple[fx.Node, ...]
     linear: Linear
     match: Match | None = None
+
+    @property
+    def operands(self) -> tuple[fx.Node, ...]:
+        return (*self.weight, *self.others)
+
+    @property
+    def checked(self) -> Reader:
+        """The same with its weight whole: how that is made of what it is held in is no formula of ours."""
+        return replace(self, weight=(self.whole,), linear=replace(self.linear, held=None))
 
 
 @dataclass(frozen=True)
@@ -53,6 +67,11 @@ class Block:
         """The name for messages."""
         name = NAME if self.matches else "linear"
         return f"{self.region.rule}+{name}" if self.region else name
+
+    @property
+    def checked(self) -> Block:
+        """What a check runs."""
+        return replace(self, readers=tuple(r.checked for r in self.readers))
 
     @property
     def members(self) -> tuple[Region | Match, ...]:
@@ -107,9 +126,9 @@ def _adapted(view: GraphView, items: Sequence[Region | Match]) -> Iterator[Reade
     for item in items:
         if isinstance(item, Match) and _stacks(view, item):
             w, a, b, bias = (item.inputs[k] for k in ("weight", "a", "b", "bias"))
-            own = (w, a, b) if bias is None else (w, a, b, bias)
-            linear = Linear(item.inputs["scale"], int(view.value(a).shape[0]), bias=bias is not None)
-            yield Reader(item.inputs["x"], item.node, item.nodes, own, linear, item)
+            form, weight = _held(view, w)
+            linear = Linear(item.inputs["scale"], int(view.value(a).shape[0]), bias=bias is not None, held=form)
+            yield Reader(item.inputs["x"], item.node, item.nodes, w, weight, (a, b) if bias is None else (a, b, bias), linear, item)
 
 
 def _plain(view: GraphView, items: Sequence[Region | Match]) -> Iterator[Reader]:
@@ -126,7 +145,15 @@ def _plain(view: GraphView, items: Sequence[Region | Match]) -> Iterator[Reader]
         if not view.needs_grad(weight) and bias is not None and view.needs_grad(bias):
             continue                                                       # its gradient needs no x, and the weight's is not wanted
         if view.value(weight).dim() == 2 and _native(view, (x, *own, node)) and view.value(node).shape[:-1] == view.value(x).shape[:-1]:
-            yield Reader(x, node, (node,), own, Linear(trained=view.needs_grad(weight), bias=bias is not None))
+            form, held = _held(view, weight)
+            linear = Linear(trained=view.needs_grad(weight), bias=bias is not None, held=form)
+            yield Reader(x, node, (node,), weight, held, own[1:], linear)
+
+
+def _held(view: GraphView, weight: fx.Node) -> tuple[FourBit | None, tuple[fx.Node, ...]]:
+    """How the weight is held, and in what: as it is, or in four bits."""
+    op = view.op(weight)
+    return (op.params["form"], op.args) if op.kind == "whole" else (None, (weight,))
 
 
 def _native(view: GraphView, nodes: Sequence[fx.Node]) -> bool:

@@ -25,6 +25,7 @@ from . import recorder
 from .bind.masks import Question, questions
 from .checkpointing import checkpointed
 from .errors import NotGraphed
+from .four_bit import FROZEN
 from .lazy_logits import LazyLogits
 from .outputs import MADE, PLAIN, Place, Unrecordable, apart
 from .recordable import device_of, is_number, obstacle
@@ -304,7 +305,8 @@ class Graphed:
 
 def _fixed(node: fx.Node) -> bool:
     """Whether an input is a module's own: it stays where it is, as far as Dynamo knows."""
-    return bool(node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type")) or isinstance(example(node), torch.nn.Parameter)
+    static = node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type") or node.meta.get(FROZEN)
+    return bool(static) or isinstance(example(node), torch.nn.Parameter)
 
 
 def _noting(noticed: set[Place], places: list[Place]) -> Callable[[Any], None]:

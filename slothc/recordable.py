@@ -21,7 +21,7 @@ WAITS = {
     "equal", "allclose", "is_nonzero", "_local_scalar_dense", "_unique2", "bool", "__bool__", "__int__", "__float__",
 }  # fmt: skip
 STATE = ("manual_seed", "set_rng_state", "get_rng_state", "seed", "initial_seed")
-KNOWN = {"aten", "prims", "prim", "sloth"}                                # libraries whose operations do nothing behind the stream's back
+KNOWN = {"aten", "prims", "prim", "sloth", "bitsandbytes"}                 # libraries whose operations do nothing behind the stream's back
 NESTED = {"wrap_with_autocast", "wrap_with_set_grad_enabled", "autograd_function_apply"}
 
 

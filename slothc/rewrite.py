@@ -23,6 +23,8 @@ from .catalogue import CONSTANT
 from .check import check
 from .errors import RegionDropped, VerificationFailed
 from .found import Found, Region, find
+from .four_bit import four_bit, held
+from .four_bit import restore as restore_four_bit
 from .functional import functional, restore
 from .options import Options
 from .regions import behind, leaves
@@ -51,10 +53,12 @@ def rewrite(module: fx.GraphModule, options: Options, run: bool = True, view: Gr
     """Rewrite ``module`` in place and report. ``run=False`` (explain) neither checks nor changes anything."""
     counts["graphs"] += 1
     view = GraphView(module) if view is None else view
-    for simpler in (batched, functional):
+    for simpler in (four_bit, batched, functional):
         view = view.again() if simpler(view) else view
     result = Rewritten(find(view, options))
     for caller, child in view.child_modules():
+        if not view.alive(caller):
+            continue
         result.children.append(rewrite(child, options, run, view.child(caller, child)))
     items: list[Region | Match] = [*result.found.regions, *result.found.matches]
     joined = blocks(view, items) if run else []
@@ -163,6 +167,7 @@ def _job(view: GraphView, item: Region | Match | Block) -> _Job | None:
 
 def _block_job(view: GraphView, block: Block) -> _Job:
     """All the block's results from what its call reads, and what the region reads besides: a tensor whose shape alone it takes."""
+    block = block.checked
     given = list(dict.fromkeys((*block.operands, *(leaves(block.region.cone) if block.region else ()))))
     place = [given.index(n) for n in block.operands]
     nodes = {n for r in block.results for n in _between(r, set(given))}
@@ -244,8 +249,9 @@ class _Splice:
         for item, found in zip(alone, bound):
             if isinstance(item, Region):
                 self.region(item)
-            for r in found:
+            for r in map(held, [self.view] * len(found), found):
                 self.replace(r.node, r.target, r.args, dict(r.kwargs))
+        restore_four_bit(self.graph)
         for node in reversed(self.graph.nodes):
             if not node.users and node not in self.effects and node.op not in ("placeholder", "output"):
                 self.graph.erase_node(node)

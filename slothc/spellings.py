@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import fx
 from torch._ops import OpOverload, OpOverloadPacket
 
+from slothc.kernels.four_bit import form_of
 from slothc.patterns.meaning import Op
 
 from .spellings_call import Call, Decline, Row, example, settled
@@ -89,6 +90,9 @@ def meaning(node: fx.Node, example: Callable[[Any], Any] = example) -> Op:
     number = numpy_number(node)
     if number is not None:
         return Op("full", (), {"value": number})
+    form = form_of(node.target)
+    if form is not None:
+        return Op("whole", node.args, {"form": form})
     row = _row(node, name)
     if row is None:
         return Op("opaque", _operands(node), {"fn": name})

@@ -26,7 +26,7 @@ def traffic(view: GraphView, node: fx.Node) -> int:
     Dynamic sizes count with the value they had at capture.
     """
     op = view.op(node)
-    if node.op not in ("call_function", "call_method") or op.kind in MATRIX | {"detach"}:
+    if node.op not in ("call_function", "call_method") or op.kind in MATRIX | {"detach", "whole"}:
         return 0
     if (op.kind in VIEWS and not op.params.get("clone")) or target_name(node) in MAPPED:
         return 0

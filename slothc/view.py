@@ -30,6 +30,7 @@ _EFFECTS = (
     "set_rng_state",
     "sym_constrain",
 )
+_FUNCTION = "autograd_function_apply"
 _NESTING = ("_vmap_", "_grad_", "_jvp_")
 
 
@@ -234,7 +235,8 @@ class GraphView:
 
     def _written(self, node: fx.Node) -> tuple[fx.Node, ...]:
         targets = list(self.op(node).params.get("targets", ()))
-        for module in self._bodies(node):
+        bodies = self._bodies(node)
+        for module in bodies[:1] if target_name(node) == _FUNCTION else bodies:     # a function's backward is given something else
             view = self.child(node, module)
             inputs = [item for item in view.nodes if item.op == "placeholder"]
             given = arguments(self.graph_module, node)

@@ -13,6 +13,7 @@ from slothc.patterns.rule import Match
 
 from .replacement import Replacement
 
+WEIGHT = 2                                # the weight's place among the arguments of both calls
 _PARTS = ("a", "b", "c", "scale", "factor")
 
 

@@ -1,0 +1,55 @@
+"""Products with a weight that is held in four bits are those with the weight that it stands for, to the bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from slothc.kernels import siblings
+from slothc.kernels.four_bit import FourBit, Held
+from slothc.kernels.lowrank import lora_linear
+from slothc.kernels.siblings_program import Linear
+from torch import Tensor
+
+bnb = pytest.importorskip("bitsandbytes")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+N, K, R = 48, 64, 4
+
+
+def packed(nested: bool, dtype: torch.dtype) -> tuple[FourBit, tuple[Tensor, ...], Tensor]:
+    """(form, what the weight is held in, the weight by the library)."""
+    q, state = bnb.functional.quantize_4bit(torch.randn(N, K, device=DEVICE).to(dtype), quant_type="nf4", compress_statistics=nested)
+    held = (q, state.absmax, state.state2.absmax, state.state2.code, state.offset) if nested else (q, state.absmax)
+    return FourBit((N, K), 64, "nf4", nested, dtype), held, bnb.functional.dequantize_4bit(q, state)
+
+
+def gradients(y: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+    return list(torch.autograd.grad(y, leaves, torch.ones_like(y)))
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["scales", "nested scales"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_siblings(dtype: torch.dtype, nested: bool) -> None:
+    torch.manual_seed(0)
+    form, held, w = packed(nested, dtype)
+    x, a, b = (torch.randn(size, device=DEVICE, dtype=dtype, requires_grad=True) for size in ((2, 5, K), (R, K), (N, R)))
+    for linear, own in ((Linear(2.0, R), (a, b)), (Linear(), ())):
+        leaves = [x, *own]
+        taken = Linear(linear.scale, linear.rank, held=form)
+        (y,), (z,) = siblings.call(None, [linear])(x, w, *own), siblings.call(None, [taken])(x, *held, *own)
+        again = siblings._apart(siblings.Siblings(None, (taken,)), (x, *held, *own))[0]
+        for ours, true in zip([z, *gradients(z, leaves)], [y, *gradients(y, leaves)]):
+            assert torch.equal(ours, true)
+        torch.testing.assert_close(again, y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_adapter_that_reads_something_else(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    form, held, w = packed(True, dtype)
+    x, a, b = (torch.randn(size, device=DEVICE, dtype=dtype, requires_grad=True) for size in ((2, 5, K), (R, K), (N, R)))
+    leaves, bias = [x, a, b], torch.randn(N, device=DEVICE, dtype=dtype)
+    y, z = (lora_linear(x, x * 0.5, v, bias, a, b, 2.0) for v in (w, Held(form, held)))
+    for ours, true in zip([z, *gradients(z, leaves)], [y, *gradients(y, leaves)]):
+        assert torch.equal(ours, true)
+    with pytest.raises(ValueError, match="do not fit"):
+        lora_linear(x[..., :8], None, Held(form, held), None, a, b, 2.0)

@@ -1,0 +1,189 @@
+"""Adapters beside a base that is held in four bits: the contract, one rounding, and no whole weight kept."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import tiny_models as tm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from slothc import four_bit
+from slothc.four_bit import FROZEN
+from slothc.recordable import obstacle
+
+bnb = pytest.importorskip("bitsandbytes")
+
+
+def held(name: str = "llama", dtype: torch.dtype = torch.bfloat16, nested: bool = True, **config: Any) -> nn.Module:
+    """A tiny model whose linears but the head are in NF4, as transformers loads it for QLoRA."""
+    made = tm.model(name, dtype, **config)
+    for path, module in [(n, m) for n, m in made.named_modules() if type(m) is nn.Linear and m is not made.get_output_embeddings()]:
+        parent, _, own = path.rpartition(".")
+        setattr(made.get_submodule(parent), own, in_four_bits(module, nested))
+    made.is_loaded_in_4bit = True
+    return made
+
+
+def in_four_bits(linear: nn.Linear, nested: bool = True) -> nn.Module:
+    weight, bias = linear.weight.data, linear.bias
+    made = bnb.nn.Linear4bit(*weight.shape[::-1], bias=bias is not None, compute_dtype=weight.dtype, quant_type="nf4")
+    made.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=nested, module=made)
+    made.bias = None if bias is None else nn.Parameter(bias.data, requires_grad=False)
+    return made.to(weight.device)
+
+
+def truth(model: nn.Module, **inputs: Any) -> tm.Step:
+    """The step in float64 with the weights that the four bits stand for."""
+    whole = copy.deepcopy(model)
+    whole.gradient_checkpointing_disable()
+    for path, module in [(n, m) for n, m in whole.named_modules() if isinstance(m, bnb.nn.Linear4bit)]:
+        parent, _, own = path.rpartition(".")
+        linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
+        linear.weight = nn.Parameter(bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state), requires_grad=False)
+        linear.bias = module.bias
+        setattr(whole.get_submodule(parent), own, linear)
+    return tm.truth(whole, **inputs)
+
+
+@contextmanager
+def kept() -> Iterator[list[tuple[int, ...]]]:
+    """The shapes of floating-point matrices that are saved for a backward inside the block."""
+    shapes: list[tuple[int, ...]] = []
+
+    def note(t: Tensor) -> Tensor:
+        shapes.extend([tuple(t.shape)] if t.is_floating_point() and t.dim() == 2 else [])
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        yield shapes
+
+
+@pytest.mark.parametrize(
+    "dtype, fp32, nested", [(torch.float32, False, True), (torch.bfloat16, False, False), (torch.bfloat16, True, True)],
+    ids=["fp32", "bf16", "bf16, fp32 adapters"],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_the_contract(name: str, dtype: torch.dtype, fp32: bool, nested: bool) -> None:
+    model = tm.adapted(held(name, dtype, nested), fp32=fp32)
+    weights = {(m.out_features, m.in_features) for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)}
+    with tm.watched() as graphs:
+        fast = torch.compile(model, backend="sloth")
+        draws = [tm.batch(seed=s) for s in range(5)]
+        ours, eager, true = ([run(x) for x in draws] for run in (
+            lambda x: tm.step(model, fast, **x), lambda x: tm.step(model, **x), lambda x: truth(model, **x)
+        ))  # fmt: skip
+        with kept() as shapes:
+            fast(**draws[0])
+    mean = lambda found: (sum(tm.distance(f, t) ** 2 for f, t in zip(found, true)) / len(true)) ** 0.5  # noqa: E731
+    assert mean(ours) <= 1.10 * mean(eager) + tm.TINY[dtype]
+    assert tm.counted(graphs)["lora_linear"] == 14 and not graphs[0].dropped
+    assert not weights & set(shapes)
+
+
+def test_a_dropout_before_the_adapter_and_linears_without_one() -> None:
+    """The other linears stay the library's."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    settings = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], lora_dropout=0.2)
+    model = get_peft_model(held(shallow=True), settings, autocast_adapter_dtype=False)
+    weights = {(m.out_features, m.in_features) for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)}
+    with tm.watched() as graphs:
+        fast = torch.compile(model, backend="sloth")
+
+        def seeded(f: Any) -> tm.Step:
+            torch.manual_seed(5)
+            return tm.step(model, f, **tm.batch())
+
+        ours, eager = seeded(fast), seeded(model)
+        with kept() as shapes:
+            fast(**tm.batch())
+    assert tm.distance(ours, eager) < 2e-2 and not weights & set(shapes)
+    assert tm.counted(graphs)["lora_linear"] == 2
+    code = graphs[0].found.view.graph_module.code
+    assert code.count("gemm_4bit") + code.count("autograd_function_apply(") == 5 and "whole" not in code
+
+
+def test_under_a_checkpoint() -> None:
+    model = tm.adapted(held())
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    with tm.watched() as graphs:
+        ours = tm.step(model, torch.compile(model, backend="sloth"), **tm.batch())
+    assert tm.counted(graphs)["lora_linear"] == 14
+    assert tm.distance(ours, truth(model, **tm.batch())) < 3e-2
+
+
+class Doubled(torch.autograd.Function):
+    """The library's product with a gradient that is not its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, q: Tensor, s: Tensor) -> Tensor:
+        ctx.save_for_backward(q, s)
+        return torch.ops.bitsandbytes.gemm_4bit.default(x, q, [32, 64], s, 64, "nf4")
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        q, s = ctx.saved_tensors
+        return 2 * g @ torch.ops.bitsandbytes.dequantize_4bit.default(q, s, 64, "nf4", [32, 64], g.dtype), None, None
+
+
+def test_another_gradient_is_not_taken_for_the_products() -> None:
+    q, state = bnb.functional.quantize_4bit(torch.randn(32, 64), quant_type="nf4")
+    a, b = torch.randn(4, 64, requires_grad=True), torch.randn(32, 4, requires_grad=True)
+
+    def adapted(x: Tensor) -> Tensor:
+        return (Doubled.apply(x, q, state.absmax) + F.linear(F.linear(x, a), b)).square().sum()
+
+    x = torch.randn(2, 5, 64)
+    with tm.watched() as graphs:
+        ours, eager = (gradient(f, x) for f in (torch.compile(adapted, backend="sloth"), adapted))
+    assert not tm.counted(graphs)["lora_linear"]
+    torch.testing.assert_close(ours, eager)
+
+
+def gradient(f: Any, x: Tensor) -> Tensor:
+    x = x.clone().requires_grad_()
+    return torch.autograd.grad(f(x), x)[0]
+
+
+def test_a_recording_reads_the_weight_where_it_is() -> None:
+    """CUDA graphs: what a weight is held in is not copied for each replay, and nothing of the library is in the way."""
+    model = tm.adapted(held(shallow=True))
+    with tm.watched() as graphs:
+        torch.compile(model, backend="sloth")(**tm.batch())
+    module = graphs[0].found.view.graph_module
+    inputs = [n for n in module.graph.nodes if n.op == "placeholder" and n.users]
+    state = [n for n in inputs if "quant_state" in n.name or packed(n)]
+    assert len(state) == 7 * 5 and all(n.meta.get(FROZEN) for n in state)
+    assert obstacle(module, torch.device("cpu")) is None
+
+
+def packed(node: Any) -> bool:
+    value = node.meta.get("example_value")
+    return isinstance(value, Tensor) and value.dtype is torch.uint8
+
+
+def test_sizes_that_do_not_fit_are_refused() -> None:
+    form = four_bit.FourBit((32, 64), 64, "nf4", False, torch.float32)
+    q, state = bnb.functional.quantize_4bit(torch.randn(32, 64), quant_type="nf4")
+    torch.testing.assert_close(form.whole(q, state.absmax), bnb.functional.dequantize_4bit(q, state), rtol=0, atol=0)
+    for wrong in ((q[:64], state.absmax), (q, state.absmax[:3])):
+        with pytest.raises(ValueError, match="in four bits"):
+            form.whole(*wrong)
+
+
+def test_a_head_in_four_bits_is_the_library_s() -> None:
+    model = held(shallow=True)
+    model.lm_head = in_four_bits(model.lm_head)
+    model = tm.adapted(model)
+    with tm.watched() as graphs:
+        ours = tm.step(model, torch.compile(model, backend="sloth"), **tm.batch())
+    assert not tm.counted(graphs)["cross_entropy"]
+    assert tm.distance(ours, tm.step(model, **tm.batch())) < 3e-2
