@@ -11,9 +11,10 @@ kept for a backward.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,7 @@ KEYWORDS = {"A": "x", "B": "q", "shapeB": "shape", "absmax": "s", "quant_type": 
 FROZEN = "sloth_frozen"                   # in an input's meta: a part of a weight that is not trained
 INSTEAD = "sloth_four_bit"                # in a linear's meta: the node whose place it has
 TOKENS = 4
+NEAR = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}    # relative distance of two right products, four roundings
 _trusted: dict[str, bool] = {}
 
 
@@ -100,7 +102,7 @@ def _calls(view: GraphView) -> Iterator[_Call]:
 
 def _product(view: GraphView, node: fx.Node) -> _Call | None:
     """A product that no gradient flows through."""
-    return None if view.needs_grad(node) else _described(view, node, _named(node), node)
+    return None if view.needs_grad(node) else _described(view, node, _named(node))
 
 
 def _function(view: GraphView, node: fx.Node) -> _Call | None:
@@ -117,7 +119,7 @@ def _function(view: GraphView, node: fx.Node) -> _Call | None:
     inputs = [n for n in body.graph.nodes if n.op == "placeholder"]
     outside = dict(zip(inputs[len(inputs) - len(given) :], given))       # older Dynamo's body begins with a context
     values = {name: outside.get(_behind(v)) if isinstance(v, fx.Node) else v for name, v in _named(products[0]).items()}
-    call = _described(view, users[0], values, products[0])
+    call = _described(view, users[0], values)
     return call if call is not None and _believed(view, node, call) else None
 
 
@@ -140,18 +142,20 @@ def _named(node: fx.Node) -> dict[str, Any]:
     return {**dict.fromkeys(NAMES), **dict(zip(NAMES, node.args)), **given}
 
 
-def _described(view: GraphView, node: fx.Node, values: Mapping[str, Any], product: fx.Node) -> _Call | None:
+def _described(view: GraphView, node: fx.Node, values: Mapping[str, Any]) -> _Call | None:
     """The call whose result is ``node``; None where its operands are not what the format says."""
     nested = values["s8"] is not None
-    held = (values["q"], values["s8"], values["s"], values["code"], values["offset"]) if nested else (values["q"], values["s"])
+    parts = [values[name] for name in (("q", "s8", "s", "code", "offset") if nested else ("q", "s"))]
     x, bias, shape = values["x"], values["bias"], values["shape"]
-    if not all(isinstance(n, fx.Node) for n in (x, *held)) or not (bias is None or isinstance(bias, fx.Node)):
+    if not all(isinstance(n, fx.Node) for n in (x, *parts)) or not (bias is None or isinstance(bias, fx.Node)):
         return None
+    if bias is not None and view.needs_grad(bias):
+        return None                                                        # its gradient would have to be tried out too
     if not isinstance(shape, tuple | list) or len(shape) != 2 or not all(type(n) is int for n in shape):
         return None
-    held = tuple(_source(view, n) for n in held)
+    held = tuple(_source(view, n) for n in parts)
     dtype = view.value(x).dtype
-    right = view.value(x).shape[-1] == shape[1] and not any(view.needs_grad(n) or view.mutated(n) for n in held)
+    right = dtype in NEAR and view.value(x).shape[-1] == shape[1] and not any(view.needs_grad(n) or view.mutated(n) for n in held)
     if not right or type(values["blocksize"]) is not int or not isinstance(values["kind"], str):
         return None
     return _Call(node, x, held, bias, FourBit((shape[0], shape[1]), values["blocksize"], values["kind"], nested, dtype))
@@ -190,22 +194,29 @@ def _text(graph: fx.Graph) -> str:
 
 
 def _tried(view: GraphView, node: fx.Node, call: _Call, bodies: Sequence[fx.GraphModule]) -> bool:
-    given = arguments(view.graph_module, node)
-    if view.value(call.x).device.type == "meta":
+    given, device, run = arguments(view.graph_module, node), view.value(call.x).device, cast(Any, node.target)
+    if device.type == "meta":
         return True
-    with torch.random.fork_rng(), torch.enable_grad():
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad(), _alone(device):
         torch.manual_seed(20)
         values = {n: _drawn(view, n, n is call.x) for n in given}
         x = values[call.x].requires_grad_()
-        y = node.target(*bodies, *(values[n] for n in given), **node.kwargs)[0]
+        y = run(*bodies, *(values[n] for n in given), **node.kwargs)[0]
         known = {_source(view, n): values[n] for n in given}
         w = call.form.whole(*(known[n] for n in call.held))
         again = x.detach().requires_grad_()
         z = F.linear(again, w, None if call.bias is None else values[call.bias])
         towards = torch.randn_like(y)
         found, true = (torch.autograd.grad(v, leaf, towards)[0] for v, leaf in ((y, x), (z, again)))
-    near = 2e-5 if call.form.dtype is torch.float32 else 2e-2
+    near = NEAR[call.form.dtype]
     return all(float((a - b).float().norm()) <= near * float(b.float().norm()) for a, b in ((y.detach(), z.detach()), (found, true)))
+
+
+@contextmanager
+def _alone(device: torch.device) -> Iterator[None]:
+    """Whatever autocast is on, and whoever watches what is saved."""
+    with torch.autocast(device.type, enabled=False), torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        yield
 
 
 def _drawn(view: GraphView, node: fx.Node, few: bool) -> Tensor:

@@ -40,6 +40,17 @@ COUNTS: dict[str, dict[str, int]] = {
 SETTINGS = {"deepseek_v3": {"first_k_dense_replace": 1}, "mixtral": {"num_experts_per_tok": 4}}
 NAMES = list(COUNTS)
 DTYPES = (torch.float32, torch.bfloat16)
+FEW, BATCHES = 32, 8      # numbers of a gradient whose distance one batch does not tell, and batches that do
+
+
+def far(ours: dict[str, float], eager: dict[str, float], tiny: float) -> dict[str, tuple[float, float]]:
+    """The gradients that are more than half as far again from truth as eager's."""
+    return {n: (ours[n], eager[n]) for n in ours if ours[n] > 1.5 * eager[n] + tiny}
+
+
+def typical(found: list[dict[str, float]]) -> dict[str, float]:
+    """Root mean squares over batches."""
+    return {n: (sum(f[n] ** 2 for f in found) / len(found)) ** 0.5 for n in found[0]}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
@@ -49,15 +60,21 @@ def test_a_step_is_as_near_to_truth_as_eager(name: str, lora: bool, dtype: torch
     owner, inputs, tiny = tm.model(name, dtype, lora, **SETTINGS.get(name, {})), tm.batch(), tm.TINY[dtype]
     with tm.watched() as graphs, warnings.catch_warnings():
         warnings.simplefilter("error", RegionDropped)
-        ours = tm.step(owner, torch.compile(owner, backend="sloth"), **inputs)
+        fast = torch.compile(owner, backend="sloth")
+        ours = tm.step(owner, fast, **inputs)
     eager, true = tm.step(owner, **inputs), tm.truth(owner, **inputs)
 
     assert set(ours.gradients) == set(eager.gradients) == set(true.gradients)
     off, reference = (abs(float(s.loss) / float(true.loss) - 1) for s in (ours, eager))
     assert off <= 1.10 * reference + tiny
     assert tm.distance(ours, true) <= 1.10 * tm.distance(eager, true) + tiny
-    single, usual = tm.distances(ours, true), tm.distances(eager, true)
-    assert {n: (single[n], usual[n]) for n in single if single[n] > 1.5 * usual[n] + tiny} == {}
+    farther = far(tm.distances(ours, true), tm.distances(eager, true), tiny)
+    assert {n: v for n, v in farther.items() if true.gradients[n].numel() > FEW} == {}
+    if farther:                                                            # of a few numbers one batch's rounding says little
+        draws = [tm.batch(seed=s) for s in range(BATCHES)]
+        truths = [tm.truth(owner, **b) for b in draws]
+        mean = [typical([tm.distances(tm.step(owner, run, **b), t) for b, t in zip(draws, truths)]) for run in (fast, None)]
+        assert {n: v for n, v in far(*mean, tiny).items() if n in farther} == {}
 
     expected = {"cross_entropy": 1, **{k: v for k, v in COUNTS[name].items() if lora or k != "lora_linear"}}
     found = tm.counted(graphs)
