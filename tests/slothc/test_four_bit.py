@@ -110,6 +110,23 @@ def test_a_dropout_before_the_adapter_and_linears_without_one() -> None:
     assert code.count("gemm_4bit") + code.count("autograd_function_apply(") == 5 and "whole" not in code
 
 
+def test_a_linear_without_an_adapter_in_a_block_of_those_with_one() -> None:
+    """q and v adapted: k reads what they read, and its weight, which is not trained, is held like theirs."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    model = get_peft_model(held(), LoraConfig(r=4, target_modules=["q_proj", "v_proj"]), autocast_adapter_dtype=False)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(p, std=0.05)
+    with tm.watched() as graphs:
+        ours = tm.step(model, torch.compile(model, backend="sloth"), **tm.batch())
+    eager, true = tm.step(model, **tm.batch()), truth(model, **tm.batch())
+    assert tm.distance(ours, true) <= 1.10 * tm.distance(eager, true) + tm.TINY[torch.bfloat16]
+    readers = [[(r.linear.rank, r.linear.held is not None) for r in b.readers] for b in graphs[0].blocks if b.region]
+    assert [(4, True), (0, True), (4, True)] in readers and not graphs[0].dropped
+
+
 def test_under_a_checkpoint() -> None:
     model = tm.adapted(held())
     model.enable_input_require_grads()
