@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from types import FunctionType
 
 import torch
 from torch import Tensor
@@ -59,7 +60,8 @@ def maker(form: FourBit) -> Callable[..., Tensor]:
 
 def form_of(target: object) -> FourBit | None:
     """The form whose ``maker`` the function is; None for any other."""
-    return getattr(target, "form", None) if getattr(target, "__name__", "") == "whole" else None
+    form = getattr(target, "form", None) if isinstance(target, FunctionType) else None
+    return form if isinstance(form, FourBit) else None
 
 
 @dataclass(frozen=True)

@@ -249,7 +249,7 @@ class _Splice:
         for item, found in zip(alone, bound):
             if isinstance(item, Region):
                 self.region(item)
-            for r in map(held, [self.view] * len(found), found):
+            for r in (held(self.view, r) for r in found):
                 self.replace(r.node, r.target, r.args, dict(r.kwargs))
         restore_four_bit(self.graph)
         for node in reversed(self.graph.nodes):
