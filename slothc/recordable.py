@@ -21,7 +21,8 @@ WAITS = {
     "equal", "allclose", "is_nonzero", "_local_scalar_dense", "_unique2", "bool", "__bool__", "__int__", "__float__",
 }  # fmt: skip
 STATE = ("manual_seed", "set_rng_state", "get_rng_state", "seed", "initial_seed")
-KNOWN = {"aten", "prims", "prim", "sloth", "bitsandbytes"}                 # libraries whose operations do nothing behind the stream's back
+KNOWN = {"aten", "prims", "prim", "sloth"}                                # libraries whose operations do nothing behind the stream's back
+FREE = {f"bitsandbytes.{name}" for name in ("gemm_4bit", "dequantize_4bit", "dequantize_blockwise")}     # and such operations of others
 NESTED = {"wrap_with_autocast", "wrap_with_set_grad_enabled", "autograd_function_apply"}
 
 
@@ -69,7 +70,7 @@ def _call_against(module: fx.GraphModule, node: fx.Node) -> str | None:
         return None if name in NESTED else f"the operation {name}"
     if isinstance(target, OpOverload | OpOverloadPacket):
         library = str(target._qualified_op_name if isinstance(target, OpOverloadPacket) else target.namespace).split("::")[0]
-        if library not in KNOWN:
+        if library not in KNOWN and target_name(node) not in FREE:
             return f"an operation of the library {library}"
     if name in WAITS or (name == "repeat_interleave" and len(node.all_input_nodes) > 1 and "output_size" not in node.kwargs):
         return f"{name}, which waits for the device,"
