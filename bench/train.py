@@ -89,8 +89,6 @@ def build(system: str, a: argparse.Namespace) -> Any:
     if a.mode == "lora":
         model = systems.with_adapters(model, a.model, fp32=a.adapter_dtype == "fp32")
     if a.ckpt:
-        if a.mode == "lora":
-            model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
 

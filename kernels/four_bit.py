@@ -3,7 +3,8 @@
     W[n, k] = table[q[n, k]] s[(n K + k) // blocksize]
 
 with a table of 16 values (``kind``), and one scale s for each block of a row-major [N, K]. Of a ``nested`` one the scales are themselves
-held in eight bits, s[j] = code[s8[j]] s2[j // 256] + offset. The formats and the kernels are bitsandbytes', so that W is its W to the bit.
+held in eight bits, s[j] = code[s8[j]] s2[j // 256] + offset. The formats are bitsandbytes', and so is W to the bit: where Triton has a
+device one kernel makes it out of all parts, elsewhere the library does.
 """
 
 from __future__ import annotations
@@ -16,7 +17,12 @@ from types import FunctionType
 import torch
 from torch import Tensor
 
+from .handwritten import Kernels
+
 NESTED = 256          # scales that share one of their own
+PROGRAM = 2048        # bytes of q that one makes whole
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+KERNELS = Kernels("four_bit_kernel", "makes weights of four bits whole")
 
 
 @dataclass(frozen=True)
@@ -41,10 +47,35 @@ class FourBit:
         if q.nbytes != -(-count // 2) or s.numel() != blocks or (self.nested and nested[0].numel() != -(-blocks // NESTED)):
             sizes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in zip(self.operands, (q, s, *nested)))
             raise ValueError(f"a weight {self.shape} in four bits, blocks of {self.blocksize}, is not held in {sizes}")
+        w = self._launched(q, s, *nested)
+        if w is not None:
+            return w
         if self.nested:
             s2, code, offset = nested
             s = library.dequantize_blockwise.default(s, s2, code, NESTED, torch.float32).add_(offset)
         return library.dequantize_4bit.default(q.reshape(-1, 1), s, self.blocksize, self.kind, self.shape, self.dtype)
+
+    def _launched(self, q: Tensor, s: Tensor, *nested: Tensor) -> Tensor | None:
+        """W by one kernel; None where there is none for the device, or for a form that it does not read."""
+        parts, half = (q, s, *nested), self.blocksize // 2
+        even = self.shape[0] * self.shape[1] % 2 == 0 and half & (half - 1) == 0 and 0 < half <= PROGRAM
+        if not even or not KERNELS.here(q.device) or not all(t.is_contiguous() for t in parts) or self.dtype not in DTYPES:
+            return None
+        w = torch.empty(self.shape, dtype=self.dtype, device=q.device)
+        s2, code, offset = nested or (s, s, s)
+        blocks, nbytes = PROGRAM // half, q.nbytes
+        options = {"HALF": half, "SHARED": NESTED, "NESTED": self.nested, "BLOCKS": blocks, "num_warps": 1, "enable_fp_fusion": False}
+        tensors = (q.view(torch.uint8), s, s2, code, offset, table(self.kind, q.device), w)
+        return w if KERNELS.launch("whole", tensors, (-(-nbytes // PROGRAM),), (nbytes,), options) else None
+
+
+@cache
+def table(kind: str, device: torch.device) -> Tensor:
+    """The 16 values of a format, fp32, as the library has them: what it makes of each number of four bits beside a scale of one."""
+    numbers = torch.arange(0, 16, 2, device=device)
+    pairs = (numbers << 4 | numbers + 1).to(torch.uint8).reshape(-1, 1)
+    one = torch.ones(1, device=device)
+    return torch.ops.bitsandbytes.dequantize_4bit.default(pairs, one, 64, kind, (16,), torch.float32)
 
 
 @cache

@@ -85,7 +85,9 @@ def _backward(plan: Plan, reads: Sequence[Tensor]) -> list[Tensor]:
 
 
 def call(plan: Plan) -> Callable[..., Any]:
-    """The plan as a function of its operands: one tensor, or a tuple where the region has several results."""
+    """The plan as a function of its operands: one tensor, or a tuple where the region has several results. ``saves`` of the function are
+    the numbers of those whose values its backward reads.
+    """
     known, results, differentiable = _Call(plan), plan.results, plan.backward is not None
     plain = not any(o.complex or o.number for o in plan.forward.reads)
     register(plan)
@@ -104,6 +106,7 @@ def call(plan: Plan) -> Callable[..., Any]:
         return written[0] if results == 1 else tuple(written[:results])
 
     run.__name__ = f"rowwise_{plan.key}"
+    run.saves = range(len(plan.forward.reads)) if plan.held else plan.saved_operands  # type: ignore[attr-defined]
     return run
 
 

@@ -35,6 +35,7 @@ class Siblings:
 
     plan: Plan | None
     linears: tuple[Linear, ...]
+    needed: bool = True                   # whether the y_i have to hold their values, or only the backward is wanted
 
     @cached_property
     def again(self) -> Remaking | None:
@@ -72,14 +73,15 @@ class Siblings:
         return stacked(self.linears)
 
 
-def call(plan: Plan | None, linears: Sequence[Linear]) -> Callable[..., tuple[Tensor, ...]]:
+def call(plan: Plan | None, linears: Sequence[Linear], needed: bool = True) -> Callable[..., tuple[Tensor, ...]]:
     """A function of the region's operands, or x, and then the operands of each linear (``Linear.operands``). It returns the y of each and
     then the region's other results.
 
     W and b of an adapted linear are frozen. Everything is of one dtype, but for adapters in fp32 and weights that are held in four bits.
+    ``unneeded`` of the function is the one with ``needed`` False: what its y_i hold is undefined, their gradients are the same.
     Raises ValueError for a region that has no backward.
     """
-    static = Siblings(plan, tuple(linears))
+    static = Siblings(plan, tuple(linears), needed)
     if plan is not None:
         if static.again is None:
             raise ValueError("siblings: the region has no backward that makes its result again")
@@ -92,7 +94,9 @@ def call(plan: Plan | None, linears: Sequence[Linear]) -> Callable[..., tuple[Te
             return _Siblings.apply(static, *tensors)
         return _forward(static, tensors)[0]
 
-    run.__name__ = f"siblings_{len(static.linears)}{'' if plan is None else '_' + plan.key}"
+    run.__name__ = f"siblings_{len(static.linears)}{'' if plan is None else '_' + plan.key}{'' if needed else '_unneeded'}"
+    if needed:
+        run.unneeded = call(plan, linears, False)                         # type: ignore[attr-defined]
     return run
 
 
@@ -123,7 +127,7 @@ def _forward(s: Siblings, tensors: Sequence[Tensor]) -> _Forward:
         x, more, stored = written[0], tuple(written[1 : s.plan.results]), tuple(written[k] for k in s.plan.held)
     rows = _rows(x)
     with _without_autocast(x.device):
-        *ys, t, a = s.code.forward(rows, *tensors[s.reads :])
+        *ys, t, a = (s.code.forward if s.needed else s.code.unneeded)(rows, *tensors[s.reads :])
     shaped = (torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[1]]) for y in ys)   # no view: the model may write into it
     return (*shaped, *more), stored, rows, t, a
 

@@ -69,13 +69,14 @@ class Linear:
 
 @dataclass(frozen=True)
 class Stacked:
-    """``forward(X, operands of each) -> (Y of each, T, A)``,
+    """``forward(X, operands of each) -> (Y of each, T, A)``, ``unneeded`` the same with the Y of undefined values,
     ``towards(G of each, what is read of each, A, T, whether X wants a gradient) -> (dX or None, U, dB)``,
     ``weights(G of each, X, U, dB) -> gradients of the operands of each, None where none is wanted``; T, A, U and dB (one for each adapter)
     are None without an adapter. Matrices are of one dtype but for an adapter's, which may be fp32; ``source`` is what is run.
     """
 
     forward: Callable[..., tuple[Any, ...]]
+    unneeded: Callable[..., tuple[Any, ...]]
     towards: Callable[..., tuple[Any, ...]]
     weights: Callable[..., tuple[Any, ...]]
     source: str
@@ -85,12 +86,12 @@ class Stacked:
 def stacked(linears: tuple[Linear, ...]) -> Stacked:
     """The program for these linears."""
     text = _Text(linears)
-    source = "\n".join([*text.forward(), *text.towards(), *text.weights()])
+    source = "\n".join([*text.forward(), *text.unneeded(), *text.towards(), *text.weights()])
     space: dict[str, Any] = {"mm": torch.mm, "addmm": torch.addmm, "cat": torch.cat, "joined": joined, "summed": summed}
     space |= {"across": across, "along": along, "both": both}
     space |= {f"whole{k}": m.held.whole for k, m in enumerate(linears) if m.held is not None}
     exec(compile(source, f"<{len(linears)} linears>", "exec"), space)
-    return Stacked(space["forward"], space["towards"], space["weights"], source)
+    return Stacked(space["forward"], space["unneeded"], space["towards"], space["weights"], source)
 
 
 class _Text:
@@ -105,12 +106,21 @@ class _Text:
         for steps in self.of:
             steps.known()
 
-    def forward(self) -> list[str]:
+    def _inner(self, name: str) -> list[str]:
+        """The head of a function of x and the operands of each, and T."""
         arguments = [X, *(f"{name}{k}" for k, m in self.linears.items() for name in m.operands)]
-        lines, each = [f"def forward({', '.join(arguments)}):", "    T = A = None"], ", ".join(f"A{k}" for k in self.adapted)
-        if self.adapted:
-            stack = each if len(self.adapted) == 1 else f"cat(({each}))"
-            lines = [lines[0], f"    A = {stack}", "    T = across(X, A.t())", f"    # {self.of[self.adapted[0]].inner}"]
+        lines, each = [f"def {name}({', '.join(arguments)}):"], ", ".join(f"A{k}" for k in self.adapted)
+        if not self.adapted:
+            return [*lines, "    T = A = None"]
+        stack = each if len(self.adapted) == 1 else f"cat(({each}))"
+        return [*lines, f"    A = {stack}", "    T = across(X, A.t())", f"    # {self.of[self.adapted[0]].inner}"]
+
+    def unneeded(self) -> list[str]:
+        rows = [f"{m.held.shape[0]}" if m.held is not None else f"W{k}.shape[0]" for k, m in self.linears.items()]
+        return [*self._inner("unneeded"), f"    return {', '.join(f'X.new_empty(X.shape[0], {n})' for n in rows)}, T, A"]
+
+    def forward(self) -> list[str]:
+        lines = self._inner("forward")
         for k, m in self.linears.items():
             *others, base = self.of[k].result.terms
             lines += self._whole(k)

@@ -13,6 +13,7 @@ from torch import fx
 from torch.utils.checkpoint import checkpoint
 
 from .held import recording
+from .recompute import fits, recomputed
 from .spellings import target_name
 
 RANDOM = {
@@ -27,6 +28,8 @@ def checkpointed(body: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
     chosen = {"preserve_rng_state": True, **kwargs, "use_reentrant": False}
     if recording() and not draws(body):
         chosen["preserve_rng_state"] = False                              # reading the state is refused while a CUDA graph records
+    if fits(body, chosen, args):
+        return recomputed(body, args, chosen["preserve_rng_state"])
     if "_checkpoint_context_fn" in body.meta:
         chosen["context_fn"] = body.meta["_checkpoint_context_fn"]
     return checkpoint(body.forward, *args, **chosen)

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from slothc.held import assumed, held, recording
 from slothc.kernels.attention import Kind, classify
 from slothc.kernels.tracing import traced
+from slothc.recompute import again
 
 T = TypeVar("T")
 OTHER = Kind("other")
@@ -228,11 +229,11 @@ class _Reading:
         self.tensors = tuple((weakref.ref(t, forget), _version(t)) for t in data)
 
     def serves(self, reader: object, key: Any, data: Sequence[torch.Tensor]) -> bool:
-        """Whether ``reader`` may use the verdict for ``data``."""
+        """Whether ``reader`` may use the verdict for ``data``. A checkpoint run again is still in its forward: it reads what that read."""
         seen = zip(self.tensors, data)
         if self.key != key or not all(ref() is t and version == _version(t) for (ref, version), t in seen):
             return False
-        if self.readers is not None:
+        if self.readers is not None and not again():
             if id(reader) in self.readers:
                 return False
             self.readers.add(id(reader))

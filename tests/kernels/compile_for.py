@@ -2,7 +2,7 @@
 ``compile_for.py cuda 90 32``, or with ``0/2`` behind it only every other form's plans, with ``1/2`` the others'.
 
 Prints one JSON line for each kernel: whose it is ("rows", "heads", "tiles", "thin", "packed", "sums", "segments", "moved",
-"rescaled" or "scores"), its name, whether it compiled, bytes of shared memory and how many it may have, and the error's text.
+"four bits", "rescaled" or "scores"), its name, whether it compiled, bytes of shared memory and how many it may have, and the error's text.
 """
 
 # ruff: noqa: E402
@@ -27,6 +27,8 @@ from slothc.kernels import (
     cache,
     column_sums,
     column_sums_kernel,
+    four_bit,
+    four_bit_kernel,
     joined,
     joined_kernel,
     moved,
@@ -169,6 +171,14 @@ def moving() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[st
         yield f"move {index}", moved_kernel.move, types, {"ROWS": 4, "BLOCK": moved.WIDEST}, {"num_warps": 4}, SMALL
 
 
+def four_bits() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any], int]]:
+    for nested, scales in ((True, "*u8"), (False, "*fp32")):
+        types = {"q": "*u8", "s": scales, "s2": "*fp32", "code": "*fp32", "offset": "*fp32", "table": "*fp32", "w": "*bf16", "BYTES": "i32"}
+        values = {"HALF": 32, "SHARED": four_bit.NESTED, "NESTED": nested, "BLOCKS": four_bit.PROGRAM // 32}
+        options = {"num_warps": 1, "enable_fp_fusion": False}
+        yield f"whole {scales}", four_bit_kernel.whole, types | dict.fromkeys(values, "constexpr"), values, options, SMALL
+
+
 def rescaling() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any], int]]:
     types = {"a": "*fp32", "by": "*fp32", "WIDTH": "i32", "BLOCK": "constexpr"}
     yield "rescale", rescaled_kernel.rescale, types, {"BLOCK": rescaled.BLOCK}, {"num_warps": 4}, SMALL
@@ -211,6 +221,8 @@ def main(backend: str, arch: str, warp: str, part: str = "0/1") -> None:
         print(json.dumps({"of": "segments", **built(*kernel, target)}), flush=True)
     for kernel in moving():
         print(json.dumps({"of": "moved", **built(*kernel, target)}), flush=True)
+    for kernel in four_bits():
+        print(json.dumps({"of": "four bits", **built(*kernel, target)}), flush=True)
     for kernel in rescaling():
         print(json.dumps({"of": "rescaled", **built(*kernel, target)}), flush=True)
     for kernel in kernels(arch):

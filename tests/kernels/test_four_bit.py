@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from slothc.kernels import siblings
+from processor import BF16, DEVICE
+from slothc.kernels import four_bit, handwritten, siblings
 from slothc.kernels.four_bit import FourBit, Held
 from slothc.kernels.lowrank import lora_linear
 from slothc.kernels.siblings_program import Linear
 from torch import Tensor
 
 bnb = pytest.importorskip("bitsandbytes")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 N, K, R = 48, 64, 4
 
 
@@ -26,8 +26,42 @@ def gradients(y: Tensor, leaves: list[Tensor]) -> list[Tensor]:
     return list(torch.autograd.grad(y, leaves, torch.ones_like(y)))
 
 
+@pytest.fixture
+def launched(triton_kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(handwritten, "available", lambda device: True)
+
+
+@pytest.mark.usefixtures("launched")
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("nested", [False, True], ids=["scales", "nested scales"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape, blocksize", [((2, 2), 64), ((5, 70), 64), ((300, 128), 256), ((64, 4160), 4096)])
+def test_a_weight_made_whole_by_one_kernel_is_the_librarys(shape: tuple[int, int], blocksize: int, nested: bool, kind: str) -> None:
+    torch.manual_seed(0)
+    for dtype in (torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])):    # the interpreter cuts bf16 off
+        w = (torch.randn(shape, device=DEVICE) * 0.02).to(dtype)
+        q, state = bnb.functional.quantize_4bit(w, quant_type=kind, compress_statistics=nested, blocksize=blocksize)
+        held = (q, state.absmax, *((state.state2.absmax, state.state2.code, state.offset) if nested else ()))
+        form = FourBit(shape, blocksize, kind, nested, dtype)
+        got, (small, *nested_parts) = form._launched(*held), held[1:]
+        if nested:
+            s2, code, offset = nested_parts
+            small = torch.ops.bitsandbytes.dequantize_blockwise.default(small, s2, code, 256, torch.float32) + offset
+        true = torch.ops.bitsandbytes.dequantize_4bit.default(q, small, blocksize, kind, shape, dtype)
+        assert got is not None and got.dtype is dtype and torch.equal(got, true)
+        assert torch.equal(form.whole(*held), bnb.functional.dequantize_4bit(q, state))
+
+
+@pytest.mark.usefixtures("launched")
+@pytest.mark.parametrize("shape, blocksize", [((3, 5), 64), ((4, 8), 96)])
+def test_what_the_kernel_does_not_read_is_the_librarys_work(shape: tuple[int, int], blocksize: int) -> None:
+    count = shape[0] * shape[1]
+    q, s = torch.zeros(-(-count // 2), 1, dtype=torch.uint8, device=DEVICE), torch.ones(-(-count // blocksize), device=DEVICE)
+    assert FourBit(shape, blocksize, "nf4", False, torch.float32)._launched(q, s) is None
+    assert four_bit.KERNELS.here(q.device)
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["scales", "nested scales"])
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
 def test_siblings(dtype: torch.dtype, nested: bool) -> None:
     torch.manual_seed(0)
     form, held, w = packed(nested, dtype)

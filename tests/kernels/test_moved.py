@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from slothc.kernels import moved
+from slothc.kernels import handwritten, moved
 
-CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if CUDA else "cpu"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 pytestmark = pytest.mark.usefixtures("triton_kernels")
 
@@ -18,8 +17,7 @@ pytestmark = pytest.mark.usefixtures("triton_kernels")
 def test_every_row_is_where_the_index_says(
     n: int, more: int, width: int, index: torch.dtype, lowering: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    device = torch.device("cuda", 0) if CUDA else torch.device("cpu")
-    monkeypatch.setattr(moved.KERNELS, "broken", {device} if lowering == "torch" else set())
+    monkeypatch.setattr(handwritten, "available", lambda device: lowering == "triton")
     torch.manual_seed(n)
     whole = torch.randn(n, 2 * width, device=DEVICE)
     for rows in (whole[:, :width], whole[:, width:].contiguous().to(torch.float16)):
@@ -29,3 +27,4 @@ def test_every_row_is_where_the_index_says(
             expected = torch.zeros(n + more, width, dtype=dtype, device=DEVICE)
             expected[order.long()] = rows.to(dtype)
             assert got.dtype is dtype and torch.equal(got, expected)
+    assert not moved.KERNELS.broken

@@ -11,6 +11,7 @@ import pytest
 import tiny_models as tm
 import torch
 import torch.nn.functional as F
+from processor import NATIVE
 from torch import Tensor, nn
 
 from slothc import four_bit
@@ -117,6 +118,7 @@ def test_a_dropout_before_the_adapter_and_linears_without_one() -> None:
     assert code.count("gemm_4bit") + code.count("autograd_function_apply(") == 5 and "whole" not in code
 
 
+@NATIVE
 def test_a_linear_without_an_adapter_in_a_block_of_those_with_one() -> None:
     """q and v adapted: k reads what they read, and its weight, which is not trained, is held like theirs."""
     from peft import LoraConfig, get_peft_model
