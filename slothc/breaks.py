@@ -46,6 +46,8 @@ CAUSES = (
     ("Call to `torch._dynamo.graph_break()`", "", "a call of torch._dynamo.graph_break()", "remove it"),
     ("Skip calling `torch.compiler.disable()`d", "", "a function that torch.compiler.disable() excludes", "remove the decorator"),
     ("Skip inlining `torch.compiler.disable()`d", "", "a function that torch.compiler.disable() excludes", "remove the decorator"),
+    ("Unsupported Tensor.requires_grad_() call", "", "a tensor is made a leaf in forward (requires_grad_)",
+     "model.disable_input_require_grads() where a hook of transformers does it: checkpoints with use_reentrant=False do not need it"),
     ("Module-level backwards hooks", "", "a backward hook on a module", "register hooks on tensors or parameters"),
     ("Dynamo recompile limit exceeded", "", "recompiled too often", "mark what changes with torch._dynamo.mark_dynamic"),
 )  # fmt: skip

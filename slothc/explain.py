@@ -11,6 +11,7 @@ from torch import fx
 from torch._dynamo.utils import graph_break_reasons
 
 from .breaks import count
+from .made_leaves import keeps_made_leaves
 from .options import Options
 from .report import Report, report
 from .rewrite import Rewritten, rewrite
@@ -50,7 +51,8 @@ def _captured(
         graphs.append((rewrite(module, options, run=False), kind(module)))
         return graphs[-1][1]
 
-    compiled = torch.compile(model, backend=record, **ISOLATED)
+    backend = keeps_made_leaves(record) if options.rest == "eager" else record
+    compiled = torch.compile(model, backend=backend, **ISOLATED)
     with torch.random.fork_rng():
         compiled(*args, **inputs)
     return graphs

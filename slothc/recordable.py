@@ -78,6 +78,8 @@ def _call_against(module: fx.GraphModule, node: fx.Node) -> str | None:
         return "histc without bounds, which waits for the device,"
     if name in STATE:
         return f"{name}, which sets the state of random numbers,"
+    if name == "requires_grad_" and any(u.op == "output" for n in (node, node.args[0]) if isinstance(n, fx.Node) for u in n.users):
+        return "a leaf that is made inside and returned,"                  # its .grad would be another's
     if target is checkpointed and isinstance(node.args[0], fx.Node):
         body: Any = attribute(module, node.args[0])
         if not isinstance(body, fx.GraphModule) or draws(body):
