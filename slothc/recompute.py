@@ -106,10 +106,12 @@ class _Recomputed(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.body, ctx.autocast = body, _autocast(args)
         ctx.random = _Random(args) if preserve else None
-        kept = [k for k, a in enumerate(args) if isinstance(a, Tensor) and a.requires_grad]
-        ctx.places, ctx.rest = kept, [None if k in set(kept) else a for k, a in enumerate(args)]
-        ctx.versions = _versions(ctx.rest)                                 # what has no gradient is no activation: nobody need move it
-        ctx.save_for_backward(*(args[k] for k in kept))
+        ctx.places = [k for k, a in enumerate(args) if isinstance(a, Tensor) and a.requires_grad]
+        ctx.save_for_backward(*(args[k] for k in ctx.places))
+        ctx.rest = list(args)                                              # what has no gradient is no activation: nobody need move it
+        for k in ctx.places:
+            ctx.rest[k] = None
+        ctx.versions = _versions(ctx.rest)
         return tuple(body.forward(*args))
 
     @staticmethod

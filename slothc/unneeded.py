@@ -17,21 +17,22 @@ KEEP_NOTHING = {
     "add", "__add__", "__radd__", "sub", "__sub__", "neg", "getitem", "__getitem__", "view", "reshape", "flatten", "unflatten",
     "squeeze", "unsqueeze", "transpose", "permute", "contiguous", "to", "type_as", "clone",
 }  # fmt: skip
-"""Operations whose backward reads no operand's value."""
-_bodies: weakref.WeakKeyDictionary[fx.GraphModule, fx.GraphModule] = weakref.WeakKeyDictionary()
+"""Operations whose backward reads no operand's value, but for the indices of ``LOOKUPS``."""
+LOOKUPS = ("getitem", "__getitem__")
+_bodies: weakref.WeakKeyDictionary[fx.GraphModule, fx.GraphModule | None] = weakref.WeakKeyDictionary()
 
 
 def without_unneeded(body: fx.GraphModule) -> fx.GraphModule:
     """``body`` with the same gradients, whose results hold no values; ``body`` itself where nothing can be left out."""
     if body not in _bodies:
         _bodies[body] = _made(body)
-    return _bodies[body]
+    return _bodies[body] or body
 
 
-def _made(body: fx.GraphModule) -> fx.GraphModule:
+def _made(body: fx.GraphModule) -> fx.GraphModule | None:
     needed = _needed(body.graph)
     if not any(n not in needed and _lighter(n) for n in body.graph.nodes):
-        return body
+        return None
     graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
     graph.output(graph.graph_copy(body.graph, copies))
     for node, copy in copies.items():
@@ -59,4 +60,6 @@ def _kept(node: fx.Node) -> Iterable[fx.Node]:
     if saves is not None:
         return [a for k, a in enumerate(node.args) if k in saves and isinstance(a, fx.Node)]
     torchs = node.op == "call_method" or getattr(node.target, "__module__", "") in ("_operator", "torch")
-    return () if torchs and target_name(node) in KEEP_NOTHING else node.all_input_nodes
+    if not torchs or target_name(node) not in KEEP_NOTHING:
+        return node.all_input_nodes
+    return [n for n in node.all_input_nodes if n is not node.args[0]] if target_name(node) in LOOKUPS else ()

@@ -184,7 +184,8 @@ fx.wrap("product")
 @pytest.mark.parametrize("f, left_out", [
     (lambda x: (product(x) + x,), True), (lambda x: (product(x).view(-1).to(torch.float64),), True), (lambda x: (x + 1,), False),
     (lambda x: (product(x) * x,), False), (lambda x: (product(x).add_(x),), False), (lambda x: (product(x).exp() + x,), False),
-    (lambda x: (product(product(x)),), True), (lambda x: (torch.stack((product(x), x)),), False),
+    (lambda x: (product(product(x)),), True),
+    (lambda x: (x[product(x).to(torch.int64)],), False), (lambda x: (torch.stack((product(x), x)),), False),
 ])  # fmt: skip
 def test_what_a_gradient_reads_is_made_again(f: Callable[[Tensor], Any], left_out: bool) -> None:
     body = body_of(f)
