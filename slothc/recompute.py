@@ -23,6 +23,7 @@ from torch._ops import OpOverload, OpOverloadPacket
 
 from slothc.kernels.tracing import traced
 
+from .autocast import as_it_is, without_cache
 from .spellings import target_name
 from .spellings_call import example
 from .spellings_effects import written
@@ -104,7 +105,7 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, body: fx.GraphModule, preserve: bool, *args: Any) -> tuple[Any, ...]:
         ctx.set_materialize_grads(False)
-        ctx.body, ctx.autocast = body, _autocast(args)
+        ctx.body, ctx.autocast = body, as_it_is("cpu", _device(args).type)
         ctx.random = _Random(args) if preserve else None
         ctx.places = [k for k, a in enumerate(args) if isinstance(a, Tensor) and a.requires_grad]
         ctx.save_for_backward(*(args[k] for k in ctx.places))
@@ -112,7 +113,8 @@ class _Recomputed(torch.autograd.Function):
         for k in ctx.places:
             ctx.rest[k] = None
         ctx.versions = _versions(ctx.rest)
-        return tuple(body.forward(*args))
+        with without_cache():
+            return tuple(body.forward(*args))
 
     @staticmethod
     def backward(ctx: Any, *given: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -122,7 +124,7 @@ class _Recomputed(torch.autograd.Function):
         for k, t in zip(ctx.places, saved):
             args[k] = t if create else t.detach().requires_grad_()
         wanted = [k for k in ctx.places if ctx.needs_input_grad[2 + k]]
-        with torch.enable_grad(), ctx.autocast, ctx.random or contextlib.nullcontext(), _running_again():
+        with torch.enable_grad(), ctx.autocast(), ctx.random or contextlib.nullcontext(), _running_again():
             outputs = without_unneeded(ctx.body).forward(*args)
         pairs = [(o, g) for o, g in zip(outputs, given) if g is not None and isinstance(o, Tensor) and o.requires_grad]
         found: list[Tensor | None] = [None] * len(args)
@@ -154,23 +156,6 @@ def _device(args: Sequence[Any]) -> torch.device:
     """The accelerator that the arguments are on, or the CPU."""
     devices = (a.device for a in args if isinstance(a, Tensor))
     return next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
-
-
-class _autocast:
-    """Autocast as it is now, for each device that the body may compute on."""
-
-    def __init__(self, args: Sequence[Any]) -> None:
-        kinds = [k for k in dict.fromkeys(("cpu", _device(args).type)) if torch.amp.is_autocast_available(k)]
-        self.states = [(k, torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in kinds]
-        self.cache = torch.is_autocast_cache_enabled()
-
-    def __enter__(self) -> None:
-        self.stack = contextlib.ExitStack()
-        for kind, enabled, dtype in self.states:
-            self.stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=self.cache))
-
-    def __exit__(self, *error: Any) -> None:
-        self.stack.close()
 
 
 class _Random:

@@ -10,14 +10,13 @@ graph once more, as it is, from the same inputs and random numbers.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .autocast import as_it_is, without_cache
 from .held import holding
 from .outputs import Layout, Place, Unrecordable, apart
 from .recorder import Recorder
@@ -47,7 +46,7 @@ class Recording:
         self.moving = list(moving)
         self.slots = [_slot(given[k]) for k in self.moving]
         self.leaves = [k for k, v in enumerate(given) if isinstance(v, Tensor) and v.requires_grad]
-        self.autocast = _autocast(given[self.leaves[0]].device.type)
+        self.autocast = as_it_is(given[self.leaves[0]].device.type)
         self.mark = torch.empty(0)
         self.unforeseen = 0                                               # backward passes of another kind
         self.twice = False
@@ -65,7 +64,7 @@ class Recording:
         saved: set[int] = set()
 
         def forward() -> list[Tensor]:
-            with holding(self.held, known), _without_cache(), torch.enable_grad():
+            with holding(self.held, known), without_cache(), torch.enable_grad():
                 layout, tensors = apart(self.run(*arguments), arguments)
             live[:] = [layout, tensors]
             return [t.detach() for t in tensors]
@@ -73,7 +72,7 @@ class Recording:
         def backward() -> Sequence[Tensor | None]:
             through = [live[1][k] for k in self.incoming]
             live[1] = None                                                # what was saved goes as the backward goes
-            with holding(self.held, known), _without_cache(), torch.autocast(leaves[0].device.type, enabled=False):
+            with holding(self.held, known), without_cache(), torch.autocast(leaves[0].device.type, enabled=False):
                 return torch.autograd.grad(through, leaves, self.upstream, allow_unused=True)
 
         with torch.autograd.graph.saved_tensors_hooks(_noted(saved), lambda t: t):
@@ -274,22 +273,3 @@ def _noted(saved: set[int]) -> Callable[[Tensor], Tensor]:
         return t
 
     return note
-
-
-@contextmanager
-def _without_cache() -> Iterator[None]:
-    """Autocast keeps no cast weights: they would be memory of the recording's."""
-    before = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(before)
-
-
-def _autocast(device: str) -> Callable[[], contextlib.AbstractContextManager[Any]]:
-    """The autocast state as it is now, to be entered later."""
-    if not torch.amp.is_autocast_available(device):
-        return contextlib.nullcontext
-    enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-    return lambda: torch.autocast(device, dtype=dtype, enabled=enabled)
