@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, fx
 from torch._dynamo import compiled_autograd
 from torch._ops import OpOverload, OpOverloadPacket
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from slothc.kernels.tracing import traced
 
@@ -28,6 +29,7 @@ from .spellings import target_name
 from .spellings_call import example
 from .spellings_effects import written
 from .unneeded import without_unneeded
+from .view_alias import storages
 from .view_children import attribute
 
 PLAIN = {"use_reentrant", "preserve_rng_state"}          # arguments of a checkpoint that say nothing of how it is to be run
@@ -74,19 +76,25 @@ def _harmless(module: fx.GraphModule) -> bool:
     """Whether the graph, with those that it calls, writes to nothing that it is given, and reads no leaf that is no argument: it would get
     no gradient.
     """
+    own = {s for n in module.graph.nodes if n.op in ("placeholder", "get_attr") for s in storages(example(n))}
     for node in module.graph.nodes:
         held = attribute(module, node)
         if node.op == "call_module" or (isinstance(held, Tensor) and held.requires_grad):
             return False
         if isinstance(held, fx.GraphModule) and node.users and not _harmless(held):
             return False
-        if node.op.startswith("call") and any(map(_given, written(node, target_name(node), example))):
+        if node.op.startswith("call") and any(_given(n, own) for n in written(node, target_name(node), example)):
             return False
     return True
 
 
-def _given(node: fx.Node) -> bool:
-    """Whether ``node`` may be a view of an argument: its first operands lead to one, as far as is known."""
+def _given(node: fx.Node, own: Collection[StorageWeakRef]) -> bool:
+    """Whether ``node`` may be a view of an argument, whose storages are ``own``: where no example value says it, if its first operands
+    lead to one.
+    """
+    found = storages(example(node))
+    if found and own:
+        return any(s in own for s in found)
     while node.op.startswith("call") and node.args and isinstance(node.args[0], fx.Node):
         overloads = _overloads(node.target)
         if overloads and not any(r.alias_info for o in overloads for r in o._schema.returns):
