@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .handwritten import Kernels
+from .tracing import traced
 
 NESTED = 256          # scales that share one of their own
 PROGRAM = 2048        # bytes of q that one makes whole
@@ -58,8 +59,8 @@ class FourBit:
     def _launched(self, q: Tensor, s: Tensor, *nested: Tensor) -> Tensor | None:
         """W by one kernel; None where there is none for the device, or for a form that it does not read."""
         parts, half = (q, s, *nested), self.blocksize // 2
-        even = self.shape[0] * self.shape[1] % 2 == 0 and half & (half - 1) == 0 and 0 < half <= PROGRAM
-        if not even or not KERNELS.here(q.device) or not all(t.is_contiguous() for t in parts) or self.dtype not in DTYPES:
+        even = self.shape[0] * self.shape[1] % 2 == 0 and half & (half - 1) == 0 and 0 < half <= PROGRAM and self.dtype in DTYPES
+        if not even or traced(*parts) or not KERNELS.here(q.device) or not all(t.is_contiguous() for t in parts):
             return None
         w = torch.empty(self.shape, dtype=self.dtype, device=q.device)
         s2, code, offset = nested or (s, s, s)

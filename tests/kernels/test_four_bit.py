@@ -10,6 +10,7 @@ from slothc.kernels.four_bit import FourBit, Held
 from slothc.kernels.lowrank import lora_linear
 from slothc.kernels.siblings_program import Linear
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 bnb = pytest.importorskip("bitsandbytes")
 N, K, R = 48, 64, 4
@@ -58,6 +59,16 @@ def test_what_the_kernel_does_not_read_is_the_librarys_work(shape: tuple[int, in
     q, s = torch.zeros(-(-count // 2), 1, dtype=torch.uint8, device=DEVICE), torch.ones(-(-count // blocksize), device=DEVICE)
     assert FourBit(shape, blocksize, "nf4", False, torch.float32)._launched(q, s) is None
     assert four_bit.KERNELS.here(q.device)
+
+
+@pytest.mark.usefixtures("launched")
+def test_a_tracer_sees_the_librarys_operations() -> None:
+    four_bit.table.cache_clear()
+    form, held, w = packed(True, torch.float32)
+    with FakeTensorMode(allow_non_fake_inputs=False) as mode:
+        made = form.whole(*(mode.from_tensor(t) for t in held))
+    assert isinstance(made, FakeTensor) and made.shape == form.shape
+    assert torch.equal(form.whole(*held), w)
 
 
 @pytest.mark.parametrize("nested", [False, True], ids=["scales", "nested scales"])

@@ -31,7 +31,7 @@ class Model(nn.Module):
         return (y, h) if hand_over else y
 
 
-def graphs_of(**options: Any) -> tuple[list[fx.GraphModule], Callable[..., Any]]:
+def graphs_of() -> tuple[list[fx.GraphModule], Callable[..., Any]]:
     made: list[fx.GraphModule] = []
 
     def record(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
