@@ -26,7 +26,7 @@ def as_it_is(*devices: str) -> Callable[[], contextlib.AbstractContextManager[No
 
 @contextmanager
 def without_cache() -> Iterator[None]:
-    """Autocast keeps no cast weights: they would be a recording's memory, or have no gradient where they are made without a graph."""
+    """Autocast keeps no cast weights: they would be memory of the recording's."""
     before = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:

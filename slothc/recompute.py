@@ -24,7 +24,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from slothc.kernels.tracing import traced
 
-from .autocast import as_it_is, without_cache
+from .autocast import as_it_is
 from .spellings import target_name
 from .spellings_call import example
 from .spellings_effects import written
@@ -40,7 +40,7 @@ _state = threading.local()
 
 
 def fits(body: fx.GraphModule, kwargs: Mapping[str, Any], args: Sequence[Any]) -> bool:
-    """Whether ``recomputed`` may run this checkpoint: first-order autograd of a body that returns a flat tuple and writes to nothing
+    """Whether ``recomputed`` may run this checkpoint: a body that returns a flat tuple and writes to nothing
     that it is given, in a call that nobody traces or transforms.
     """
     if set(kwargs) - PLAIN or "_checkpoint_context_fn" in body.meta or compiled_autograd.compiled_autograd_enabled:
@@ -121,8 +121,7 @@ class _Recomputed(torch.autograd.Function):
         for k in ctx.places:
             ctx.rest[k] = None
         ctx.versions = _versions(ctx.rest)
-        with without_cache():
-            return tuple(body.forward(*args))
+        return tuple(body.forward(*args))
 
     @staticmethod
     def backward(ctx: Any, *given: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from processor import BF16, DEVICE
+from processor import DEVICE, NATIVE_BF16
 from slothc.kernels import four_bit, handwritten, siblings
 from slothc.kernels.four_bit import FourBit, Held
 from slothc.kernels.lowrank import lora_linear
@@ -72,7 +72,7 @@ def test_a_tracer_sees_the_librarys_operations() -> None:
 
 
 @pytest.mark.parametrize("nested", [False, True], ids=["scales", "nested scales"])
-@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_siblings(dtype: torch.dtype, nested: bool) -> None:
     torch.manual_seed(0)
     form, held, w = packed(nested, dtype)
@@ -84,7 +84,8 @@ def test_siblings(dtype: torch.dtype, nested: bool) -> None:
         again = siblings._apart(siblings.Siblings(None, (taken,)), (x, *held, *own))[0]
         for ours, true in zip([z, *gradients(z, leaves)], [y, *gradients(y, leaves)]):
             assert torch.equal(ours, true)
-        torch.testing.assert_close(again, y)
+        if dtype is torch.float32 or NATIVE_BF16:
+            torch.testing.assert_close(again, y)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import tiny_models as tm
 import torch
-from processor import BF16
+from processor import NATIVE_BF16
 from slothc.kernels import siblings
 
 import slothc.backend
@@ -51,20 +51,26 @@ def held(name: str, dtype: torch.dtype, lora: bool, monkeypatch: pytest.MonkeyPa
     return shapes(graphs[0].blocks)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3"])
 def test_blocks_of_a_model_hold_the_contract(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     found = held(name, dtype, True, monkeypatch)
+    if dtype is torch.bfloat16 and not NATIVE_BF16:
+        assert found == []
+        return
     # the first layer's q, k, v: nothing before them wants a gradient
     assert found.count(("lora_linear", 3)) == 1 and found.count(("rms_norm+lora_linear", 3)) == 1
     assert found.count(("rms_norm+lora_linear", 2)) == 2 and found.count(("gated_mlp+lora_linear", 1)) == 2
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2"])
 def test_what_trained_linears_read_is_not_kept(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Full fine-tuning: norms and gated products are made again for the gradients of the weights."""
     found = held(name, dtype, False, monkeypatch)
+    if dtype is torch.bfloat16 and not NATIVE_BF16:
+        assert found == []
+        return
     assert found.count(("rms_norm+linear", 3)) == 2 and found.count(("rms_norm+linear", 2)) == 2
     assert found.count(("gated_mlp+linear", 1)) == 2
 
