@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import pytest
 import torch
 import torch.nn.functional as F
 from captured import graphs_of
+from contract import Errors, in_float64
 from slothc.patterns.rule import Match
 from torch import Tensor, nn
 
@@ -134,16 +136,30 @@ def gradients(function: Callable[..., Tensor], given: list[Tensor]) -> list[Tens
     return [out.detach(), *torch.autograd.grad(out, given, made)]
 
 
+def within_contract(function: Callable[..., Tensor], lengths: Iterable[int] = (LENGTH,)) -> None:
+    """Compiled once, then the contract for the result and all three gradients, at each length."""
+    torch._dynamo.reset()
+    compiled, truth = torch.compile(Attend(function), backend="sloth"), in_float64(function)
+    for length in lengths:
+        seeds, errors = itertools.count(2), Errors()
+
+        def once(length: int = length, seeds: Iterator[int] = seeds, errors: Errors = errors) -> None:
+            given = heads(length=length, seed=next(seeds))
+            wide = [t.detach().double().requires_grad_() for t in given]
+            found = (gradients(run, on) for run, on in ((compiled, given), (function, given), (truth, wide)))
+            for name, ours, eager, true in zip(("result", *"qkv"), *found, strict=True):
+                errors.add(name, ours, eager, true)
+
+        errors.over(once)
+
+
 @pytest.mark.filterwarnings("error::slothc.errors.RegionDropped")
 @pytest.mark.parametrize("function", WORDS, ids=lambda f: f.__name__)
 def test_it_is_found_and_equal(function: Callable[..., Tensor]) -> None:
     given = heads()
     matches, reasons = found(function, *given)
     assert [describe(m) for m in matches] == [WORDS[function]] and reasons == []
-    torch._dynamo.reset()
-    ours = gradients(torch.compile(Attend(function), backend="sloth"), given)
-    for mine, eager in zip(ours, gradients(function, given), strict=True):
-        torch.testing.assert_close(mine, eager, rtol=2e-6, atol=2e-6)
+    within_contract(function)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -184,12 +200,7 @@ def test_no_scores_are_kept() -> None:
 
 
 def test_every_length() -> None:
-    torch._dynamo.reset()
-    compiled = torch.compile(Attend(kept), backend="sloth")
-    for length in (10, 7, 16, 3):
-        given = heads(length=length)
-        for mine, eager in zip(gradients(compiled, given), gradients(kept, given), strict=True):
-            torch.testing.assert_close(mine, eager, rtol=2e-6, atol=2e-6)
+    within_contract(kept, lengths=(10, 7, 16, 3))
 
 
 def hidden(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -208,12 +219,9 @@ def test_rows_that_see_nothing(function: Callable[..., Tensor]) -> None:
     given = heads()
     matches, _ = found(function, *given)
     assert len(matches) == 1
-    torch._dynamo.reset()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        ours = gradients(torch.compile(Attend(function), backend="sloth"), given)
-    for mine, eager in zip(ours, gradients(function, given), strict=True):
-        torch.testing.assert_close(mine, eager, rtol=2e-6, atol=2e-6)
+        within_contract(function)
 
 
 def sink(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -259,6 +267,4 @@ def test_what_the_kernel_has_no_word_for_is_left_with_a_reason(function: Callabl
     assert matches == [] and len(reasons) == 1 and REASONS[function] in reasons[0]
     if function is thinned:
         return
-    torch._dynamo.reset()
-    for mine, eager in zip(gradients(torch.compile(Attend(function), backend="sloth"), given), gradients(function, given), strict=True):
-        torch.testing.assert_close(mine, eager, rtol=2e-6, atol=2e-6)
+    within_contract(function)
