@@ -16,6 +16,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+# Two workers of two threads each on two cores wait for one another a sixth of the time. Read when torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))))
+
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -27,6 +27,13 @@ def gradients(y: Tensor, leaves: list[Tensor]) -> list[Tensor]:
     return list(torch.autograd.grad(y, leaves, torch.ones_like(y)))
 
 
+def by_the_table(q: Tensor, scales: Tensor, kind: str, blocksize: int, shape: tuple[int, int]) -> Tensor:
+    """``table[code] * scale`` in float32, by definition: two codes in a byte, the first in its upper half; a scale for each block."""
+    codes = torch.stack([q.flatten() >> 4, q.flatten() & 15], 1).flatten()[: shape[0] * shape[1]]
+    table = bnb.functional.get_4bit_type(kind, device=q.device)
+    return (table[codes.long()] * scales.repeat_interleave(blocksize)[: codes.numel()]).reshape(shape)
+
+
 @pytest.fixture
 def launched(triton_kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(handwritten, "available", lambda device: True)
@@ -47,9 +54,10 @@ def test_a_weight_made_whole_by_one_kernel_is_the_librarys(shape: tuple[int, int
         if nested:
             s2, code, offset = nested_parts
             small = torch.ops.bitsandbytes.dequantize_blockwise.default(small, s2, code, 256, torch.float32) + offset
-        true = torch.ops.bitsandbytes.dequantize_4bit.default(q, small, blocksize, kind, shape, dtype)
-        assert got is not None and got.dtype is dtype and torch.equal(got, true)
-        assert torch.equal(form.whole(*held), bnb.functional.dequantize_4bit(q, state))
+        true = by_the_table(q, small, kind, blocksize, shape).to(dtype)
+        assert got is not None and got.dtype is dtype and torch.equal(got, true) and torch.equal(form.whole(*held), true)
+        if DEVICE == "cuda":        # on a processor with AVX-512 the library's own is wrong where a block reaches over rows
+            assert torch.equal(true, bnb.functional.dequantize_4bit(q, state))
 
 
 @pytest.mark.usefixtures("launched")
