@@ -15,12 +15,12 @@ from . import recorder
 from .checkpointing import keep_random_states
 from .errors import RegionDropped
 from .graphed import graphed
-from .made_leaves import keeps_made_leaves
 from .options import Options
 from .rewrite import rewrite
+from .taught import as_it_stands
 
 
-@keeps_made_leaves
+@as_it_stands
 def sloth(
     module: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None, **more: Any
 ) -> Callable[..., Any]:

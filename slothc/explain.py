@@ -11,10 +11,10 @@ from torch import fx
 from torch._dynamo.utils import graph_break_reasons
 
 from .breaks import count
-from .made_leaves import keeps_made_leaves
 from .options import Options
 from .report import Report, report
 from .rewrite import Rewritten, rewrite
+from .taught import as_it_stands
 
 # What explain compiles is no recompilation of anything else; before torch 2.13 there was no such promise.
 ISOLATED: dict[str, Any] = {"isolate_recompiles": True} if "isolate_recompiles" in signature(torch.compile).parameters else {}
@@ -51,7 +51,7 @@ def _captured(
         graphs.append((rewrite(module, options, run=False), kind(module)))
         return graphs[-1][1]
 
-    backend = keeps_made_leaves(record) if options.rest == "eager" else record
+    backend = as_it_stands(record) if options.rest == "eager" else record
     compiled = torch.compile(model, backend=backend, **ISOLATED)
     with torch.random.fork_rng():
         compiled(*args, **inputs)

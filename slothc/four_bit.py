@@ -2,15 +2,15 @@
 
     y = gemm_4bit(x, q, ..)          w = whole(q, ..);  y = linear(x, w, b)
 
-so that the rules for linears and their adapters hold for them. With a gradient the product is the forward of an autograd function of
-bitsandbytes, whose backward multiplies with the same weight: that is tried out, once for each form, before it is believed. The calls stay
-in the graph until something takes the linear in; where nothing does they take their place again (``restore``), so that no whole weight is
-kept for a backward.
+so that the rules for linears and their adapters hold for them. With a gradient the product is an autograd function of bitsandbytes, by one
+call (``four_bit_product``) or by its forward and backward as Dynamo traces them. That its backward multiplies with the same weight is tried
+out, once for each form, before it is believed. The calls stay in the graph until something takes the linear in; where nothing does they
+take their place again (``restore``), so that no whole weight is kept for a backward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -26,6 +26,7 @@ from slothc.kernels.lowrank import lora_linear
 
 from .bind.lora_linear import WEIGHT, joined_lora_linear
 from .bind.replacement import Replacement
+from .four_bit_product import gemm_4bit
 from .spellings import target_name
 from .view import GraphView
 from .view_children import arguments, attribute
@@ -92,35 +93,50 @@ def _with_held(function: Callable[..., Tensor], form: FourBit) -> Callable[..., 
 
 def _calls(view: GraphView) -> Iterator[_Call]:
     for node in view.nodes:
-        name = target_name(node) if node.op == "call_function" else ""
-        if name not in (PRODUCT, FUNCTION) or not view.alive(node):
+        if node.op != "call_function" or not view.alive(node):
             continue
-        found = _product(view, node) if name == PRODUCT else _function(view, node)
+        found = None
+        if node.target is gemm_4bit:
+            found = _one_call(view, node)
+        elif target_name(node) == PRODUCT and not view.needs_grad(node):
+            found = _described(view, node, _named(node))
+        elif target_name(node) == FUNCTION:
+            found = _function(view, node)
         if found is not None:
             yield found
 
 
-def _product(view: GraphView, node: fx.Node) -> _Call | None:
-    """A product that no gradient flows through."""
-    return None if view.needs_grad(node) else _described(view, node, _named(node))
+def _one_call(view: GraphView, node: fx.Node) -> _Call | None:
+    """The autograd function by one call, whatever its backward is."""
+    x, q, bias, shape, blocksize, kind, _, scales, *nested = node.args
+    values = dict.fromkeys(NAMES) | {"x": x, "q": q, "bias": bias, "shape": shape, "blocksize": blocksize, "kind": kind, "s": scales}
+    if nested:
+        (s, code, size, dtype), offset = cast(Any, nested)
+        if (size, dtype) != (256, torch.float32):
+            return None
+        values |= {"s8": scales, "s": s, "code": code, "offset": offset}
+    call = _described(view, node, values)
+    if call is None:
+        return None
+    return call if not view.needs_grad(node) or _believed(view, _Trial.of(view, node, call, lambda y: y)) else None
 
 
 def _function(view: GraphView, node: fx.Node) -> _Call | None:
     """An autograd function whose forward is the product of its arguments, and whose backward is that product's."""
     users = view.users(node)
-    body = next((m for n in node.all_input_nodes if isinstance(m := attribute(view.graph_module, n), fx.GraphModule)), None)
-    if len(users) != 1 or target_name(users[0]) != "getitem" or users[0].args[1] != 0 or body is None:
+    bodies = [m for n in node.all_input_nodes if isinstance(m := attribute(view.graph_module, n), fx.GraphModule)]
+    if len(users) != 1 or target_name(users[0]) != "getitem" or users[0].args[1] != 0 or not bodies:
         return None
-    products = [n for n in body.graph.nodes if n.op == "call_function" and target_name(n) == PRODUCT]
-    output = next(n for n in body.graph.nodes if n.op == "output")
+    products = [n for n in bodies[0].graph.nodes if n.op == "call_function" and target_name(n) == PRODUCT]
+    output = next(n for n in bodies[0].graph.nodes if n.op == "output")
     if len(products) != 1 or _first(output.args) is not products[0]:
         return None
     given = arguments(view.graph_module, node)
-    inputs = [n for n in body.graph.nodes if n.op == "placeholder"]
+    inputs = [n for n in bodies[0].graph.nodes if n.op == "placeholder"]
     outside = dict(zip(inputs[len(inputs) - len(given) :], given))       # older Dynamo's body begins with a context
     values = {name: outside.get(_behind(v)) if isinstance(v, fx.Node) else v for name, v in _named(products[0]).items()}
     call = _described(view, users[0], values)
-    return call if call is not None and _believed(view, node, call) else None
+    return call if call is not None and _believed(view, _Trial.of(view, node, call, lambda y: cast(Tensor, y[0]))) else None
 
 
 def _first(value: Any) -> Any:
@@ -168,16 +184,41 @@ def _source(view: GraphView, node: fx.Node) -> fx.Node:
     return node
 
 
-def _believed(view: GraphView, node: fx.Node, call: _Call) -> bool:
+@dataclass(frozen=True)
+class _Trial:
+    """What is run to try a call out: ``node`` with other values in the place of its arguments."""
+
+    node: fx.Node
+    call: _Call
+    bodies: dict[fx.Node, fx.GraphModule]     # arguments that are graphs
+    given: tuple[fx.Node, ...]                # those that are not
+    result: Callable[[Any], Tensor]           # y, of what the node gives
+
+    @staticmethod
+    def of(view: GraphView, node: fx.Node, call: _Call, result: Callable[[Any], Tensor]) -> _Trial:
+        graphs = {n: m for n in node.all_input_nodes if isinstance(m := attribute(view.graph_module, n), fx.GraphModule)}
+        return _Trial(node, call, graphs, tuple(n for n in node.all_input_nodes if n not in graphs), result)
+
+    def key(self, view: GraphView) -> str:
+        """Of everything that the outcome depends on."""
+        place = {n: f"v{k}" for k, n in enumerate((*self.bodies, *self.given))}
+        shapes = [(tuple(v.shape), v.dtype, v.device) if isinstance(v := view.example(n), Tensor) and n is not self.call.x else None
+                  for n in self.given]  # fmt: skip
+        written = fx.map_arg((self.node.args, self.node.kwargs), place.__getitem__)
+        return "\n".join([*(_text(b.graph) for b in self.bodies.values()), f"{target_name(self.node)} {written} {shapes} {self.call.form}"])
+
+    def run(self, values: Mapping[fx.Node, Any]) -> Tensor:
+        held: dict[fx.Node, Any] = {**self.bodies, **values}
+        args, kwargs = cast(Any, fx.map_arg((self.node.args, self.node.kwargs), held.__getitem__))
+        return self.result(cast(Any, self.node.target)(*args, **kwargs))
+
+
+def _believed(view: GraphView, trial: _Trial) -> bool:
     """Whether the function's value and gradient are those of the linear, tried out on random operands."""
-    bodies = [m for n in node.all_input_nodes if isinstance(m := attribute(view.graph_module, n), fx.GraphModule)]
-    examples = [view.example(n) for n in arguments(view.graph_module, node)]
-    shapes = [(tuple(v.shape), v.dtype, v.device) if isinstance(v, Tensor) and n is not call.x else None
-              for n, v in zip(arguments(view.graph_module, node), examples)]  # fmt: skip
-    key = "\n".join([*(_text(b.graph) for b in bodies), f"{shapes} {call.form} {sorted(node.kwargs.items(), key=str)}"])
+    key = trial.key(view)
     if key not in _trusted:
         try:
-            _trusted[key] = _tried(view, node, call, bodies)
+            _trusted[key] = _tried(view, trial)
         except Exception:                                                  # it does not run so: nothing is known of it
             _trusted[key] = False
     return _trusted[key]
@@ -193,16 +234,16 @@ def _text(graph: fx.Graph) -> str:
     return "\n".join(lines)
 
 
-def _tried(view: GraphView, node: fx.Node, call: _Call, bodies: Sequence[fx.GraphModule]) -> bool:
-    given, device, run = arguments(view.graph_module, node), view.value(call.x).device, cast(Any, node.target)
+def _tried(view: GraphView, trial: _Trial) -> bool:
+    call, device = trial.call, view.value(trial.call.x).device
     if device.type == "meta":
         return True
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad(), _alone(device):
         torch.manual_seed(20)
-        values = {n: _drawn(view, n, n is call.x) for n in given}
+        values = {n: _drawn(view, n, n is call.x) for n in trial.given}
         x = values[call.x].requires_grad_()
-        y = run(*bodies, *(values[n] for n in given), **node.kwargs)[0]
-        known = {_source(view, n): values[n] for n in given}
+        y = trial.run(values)
+        known = {_source(view, n): values[n] for n in trial.given}
         w = call.form.whole(*(known[n] for n in call.held))
         again = x.detach().requires_grad_()
         z = F.linear(again, w, None if call.bias is None else values[call.bias])

@@ -9,23 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, TypeVar
-
-T = TypeVar("T", bound=Callable[..., Any])
+from typing import Any
 
 CHECK = "_check_requires_grad_intermediate_outputs"      # torch 2.13's; a torch without it breaks the graph at the call
 
 
-def keeps_made_leaves(backend: T) -> T:
-    """Mark a backend whose graphs run as they stand, so that Dynamo leaves such calls in them. Not where Inductor is asked for behind it;
-    for other backends Dynamo does what it did.
-    """
-    backend.runs_as_it_stands = True                                      # type: ignore[attr-defined]
-    _teach()
-    return backend
-
-
-def _teach() -> None:
+def teach(marked: Callable[[Any], bool]) -> None:
+    """Have Dynamo leave such calls in the graphs of compilers that are ``marked``, once."""
     from torch._dynamo.output_graph import OutputGraph
 
     check = getattr(OutputGraph, CHECK, None)
@@ -34,16 +24,8 @@ def _teach() -> None:
 
     @wraps(check)
     def checked(self: Any, *args: Any, **kwargs: Any) -> None:
-        if not _marked(getattr(self, "compiler_fn", None)):
+        if not marked(getattr(self, "compiler_fn", None)):
             check(self, *args, **kwargs)
 
     checked.of_sloth = True                                               # type: ignore[attr-defined]
     setattr(OutputGraph, CHECK, checked)
-
-
-def _marked(compiler: Any) -> bool:
-    """Whether the compiler is ``torch.compile``'s around a marked backend, without Inductor behind it."""
-    if not getattr(getattr(compiler, "compiler_fn", None), "runs_as_it_stands", False):
-        return False
-    kwargs = getattr(compiler, "kwargs", None) or {}
-    return {"rest": "eager", **(kwargs.get("options") or {}), **kwargs}["rest"] == "eager"

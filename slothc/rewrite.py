@@ -170,7 +170,7 @@ def _block_job(view: GraphView, block: Block) -> _Job:
     block = block.checked
     given = list(dict.fromkeys((*block.operands, *(leaves(block.region.cone) if block.region else ()))))
     place = [given.index(n) for n in block.operands]
-    nodes = {n for r in block.results for n in _between(r, set(given))}
+    nodes = {n for r in block.results for n in _between(r, given.__contains__)}
     call, device = block.call(), view.value(block.x).device
     text = " ".join(f"{_widths(view, n)}{view.value(n).dtype}{view.needs_grad(n)}" for n in block.operands)
     key = f"{block.rule} {block.region.plan.key if block.region else ''} {block.linears} {text} {device}"
@@ -193,8 +193,8 @@ def _match_job(view: GraphView, match: Match) -> _Job | None:
     replacement = next((r for r in bind.calls(match) if r.node is match.node), None)
     if replacement is None:
         return None
-    numbers = {n for n in view.nodes if isinstance(view.example(n), torch.SymFloat)}       # of the model, not to be drawn
-    nodes = _between(match.node, numbers | {a for a in replacement.args if isinstance(a, fx.Node)})
+    operands = {a for a in replacement.args if isinstance(a, fx.Node)}
+    nodes = _between(match.node, lambda n: n in operands or isinstance(view.example(n), torch.SymFloat))    # a number is not drawn
     inputs = list(dict.fromkeys(n for x in sorted(nodes, key=lambda x: x.name) for n in x.all_input_nodes if n not in nodes))
     arguments, kwargs = replacement.args, dict(replacement.kwargs)
 
@@ -226,9 +226,9 @@ def _widths(view: GraphView, node: fx.Node) -> tuple[Any, ...]:
     return shape if len(shape) <= 2 else shape[-1:]
 
 
-def _between(node: fx.Node, leaves: set[fx.Node]) -> set[fx.Node]:
-    """The nodes from ``leaves`` to ``node``, ``node`` included."""
-    return behind(node, lambda n: n not in leaves and n.op not in ("placeholder", "get_attr"))
+def _between(node: fx.Node, ends: Callable[[fx.Node], bool]) -> set[fx.Node]:
+    """The nodes behind ``node`` up to those where it ``ends``, which are not among them; ``node`` included."""
+    return behind(node, lambda n: not ends(n) and n.op not in ("placeholder", "get_attr"))
 
 
 class _Splice:

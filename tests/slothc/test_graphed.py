@@ -475,7 +475,8 @@ def test_masks_that_change(where: str, name: str) -> None:
         inputs = batch(where, 3, 16, seed=k)
         inputs["labels"][mask == 0] = -100
         alike(tm.step(owner, run, **inputs, attention_mask=mask), tm.step(owner, **inputs, attention_mask=mask))
-    asked = name == "llama" or (name == "gemma2" and where == "cuda")     # the others' masks stay tensors
+    fused = where == "cuda" or owner.config._attn_implementation == "sdpa"      # for gemma2: newer transformers write its scores out
+    asked = name == "llama" or (name == "gemma2" and fused)                     # the others' masks stay tensors
     assert counts["replayed"] >= 5 and counts["recorded"] == (2 if asked else 1)
 
 

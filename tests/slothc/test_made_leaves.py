@@ -12,8 +12,9 @@ from torch import Tensor, fx, nn
 from torch._dynamo.output_graph import OutputGraph
 
 from slothc import explain
-from slothc.made_leaves import CHECK, _marked
+from slothc.made_leaves import CHECK
 from slothc.recordable import obstacle
+from slothc.taught import marked
 
 pytestmark = pytest.mark.skipif(not hasattr(OutputGraph, CHECK), reason="this torch breaks the graph at requires_grad_()")
 
@@ -65,9 +66,9 @@ def test_other_backends_break_as_before() -> None:
 
 def test_not_with_inductor_behind() -> None:
     wrapper = torch._TorchCompileWrapper
-    assert _marked(wrapper("sloth", None, None, None)) and _marked(wrapper("sloth", None, {"verify": "off"}, None))
-    assert not _marked(wrapper("sloth", None, {"rest": "inductor"}, None)) and not _marked(wrapper("eager", None, None, None))
-    assert not _marked(None)
+    assert marked(wrapper("sloth", None, None, None)) and marked(wrapper("sloth", None, {"verify": "off"}, None))
+    assert not marked(wrapper("sloth", None, {"rest": "inductor"}, None)) and not marked(wrapper("eager", None, None, None))
+    assert not marked(None)
 
 
 def test_a_recording_does_not_return_one() -> None:
