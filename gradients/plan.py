@@ -113,6 +113,18 @@ class Plan:
     held: tuple[int, ...] = ()
 
     @cached_property
+    def reach(self) -> tuple[frozenset[int], ...]:
+        """For each operand in ``wrt``, the results whose gradients its own is made of."""
+        if self.backward is None:
+            return ()
+        first, behind = len(self.saved_operands) + len(self.held), dict[int, set[str]]()
+        program = self.backward.program
+        of = {i.name: a.tensor - first for i, a in zip(program.inputs, self.backward.loads) if a is not None and a.tensor >= first}
+        for output, access in zip(program.outputs, self.backward.stores):
+            behind.setdefault(access.tensor, set()).update(program.needed({output.value}))
+        return tuple(frozenset(of[n] for n in behind[t] if n in of) if t >= 0 else frozenset({-1 - t}) for t in self.targets)
+
+    @cached_property
     def saved_values(self) -> tuple[str, ...]:
         """The names of the forward's outputs that are saved."""
         return tuple(o.name for o in self._saved)

@@ -6,7 +6,7 @@ for tracers: it has fakes, a backward that is itself an operation, and passes ``
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -47,22 +47,48 @@ class _Function(torch.autograd.Function):
         ctx.call = call
         ctx.tables = tables(call.plan, operands) if call.tables else {}
         ctx.save_for_backward(*[operands[k] for k in call.saved], *[written[k] for k in call.held])
-        return written[0] if call.results == 1 else tuple(written[: call.results])
+        if call.results == 1:
+            return written[0]
+        results = tuple(written[: call.results])
+        ctx.set_materialize_grads(False)
+        ctx.like = likes(results)
+        return results
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         call, needed = ctx.call, ctx.needs_input_grad
         saved = ctx.saved_tensors                                          # once: a checkpoint hands them out a single time
+        cut: Collection[int] = ()
+        if call.results > 1:
+            cut, gradients = unreached(call.plan, gradients), filled(gradients, ctx.like)
         found = call.backward((*saved, *gradients))
         result: list[Tensor | None] = [None] * call.inputs
         for operand, which in call.wanted:
-            if needed[operand]:
+            if needed[operand] and operand - 1 not in cut:
                 result[operand] = found[which] if which >= 0 else gradients[-1 - which]
         for operand in call.tables:
             if (value := result[operand + 1]) is not None:
                 result[operand + 1] = whole_gradient(call.plan, operand, value, saved, ctx.tables)
         return tuple(result)
+
+
+def likes(results: Sequence[Tensor]) -> list[tuple[torch.Size, torch.dtype, torch.device]]:
+    """What ``filled`` has to know of the results."""
+    return [(r.shape, r.dtype, r.device) for r in results]
+
+
+def filled(gradients: Sequence[Tensor | None], like: Sequence[tuple[torch.Size, torch.dtype, torch.device]]) -> tuple[Tensor, ...]:
+    """The results' gradients, zeros where there is none."""
+    return tuple(torch.zeros(n, dtype=d, device=e) if g is None else g for g, (n, d, e) in zip(gradients, like))
+
+
+def unreached(plan: Plan, gradients: Sequence[Tensor | None]) -> Collection[int]:
+    """The operands that get no gradient, as no result that they are a part of has one: none at all, not zeros."""
+    absent = {k for k, g in enumerate(gradients) if g is None}
+    if not absent:
+        return ()
+    return {operand for operand, reach in zip(plan.wrt, plan.reach) if reach and reach <= absent}
 
 
 def tables(plan: Plan, operands: Sequence[Tensor]) -> Tables:
@@ -153,7 +179,8 @@ def _setup(ctx: Any, inputs: tuple[list[Tensor], str], output: list[Tensor]) -> 
     operands, key = inputs
     ctx.key, ctx.count, ctx.tables = key, len(operands), tables(PLANS[key], operands)
     ctx.save_for_backward(*(operands[k] for k in PLANS[key].saved_operands), *(output[k] for k in PLANS[key].held))
-    ctx.shapes = [(o.shape, o.dtype, o.device) for o in output[: PLANS[key].results]]
+    ctx.like = likes(output[: PLANS[key].results])
+    ctx.set_materialize_grads(False)
 
 
 def _vjp(ctx: Any, gradients: list[Tensor | None]) -> tuple[list[Tensor | None], None]:
@@ -161,13 +188,11 @@ def _vjp(ctx: Any, gradients: list[Tensor | None]) -> tuple[list[Tensor | None],
     result: list[Tensor | None] = [None] * ctx.count
     if plan.backward is None:
         return result, None
-    given = [
-        torch.zeros(shape, dtype=dtype, device=device) if g is None else g
-        for g, (shape, dtype, device) in zip(gradients, ctx.shapes)
-    ]  # fmt: skip
-    saved = ctx.saved_tensors
+    cut, given, saved = unreached(plan, gradients[: plan.results]), filled(gradients, ctx.like), ctx.saved_tensors
     found = torch.ops.sloth.rowwise_backward([*saved, *given], ctx.key)
     for operand, which in zip(plan.wrt, plan.targets):
+        if operand in cut:
+            continue
         value = found[which] if which >= 0 else given[-1 - which]
         value = whole_gradient(plan, operand, value, saved, ctx.tables)
         result[operand] = value if plan.targets.count(which) == 1 else value.clone()

@@ -8,7 +8,7 @@ x is read by these linears alone, so nobody keeps it: the backward of the region
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -138,7 +138,7 @@ class _Siblings(torch.autograd.Function):
         results, stored, rows, t, a = _forward(s, tensors)
         ctx.s, ctx.stored, ctx.lead = s, len(stored), results[0].shape[:-1]
         ctx.set_materialize_grads(False)                                  # no gradient of y, none of W: not zeros
-        ctx.like = [(r.shape, r.dtype, r.device) for r in results]
+        ctx.like = rowwise_op.likes(results)
         kept = [tensors[k] for k in s.kept] if s.plan is not None else [rows]
         ctx.save_for_backward(*kept, *stored, t, a, *(tensors[k] for k in s.base))
         ctx.shape = tensors[0].shape
@@ -150,7 +150,7 @@ class _Siblings(torch.autograd.Function):
     def backward(ctx: Any, *given: Tensor | None) -> tuple[Tensor | None, ...]:
         s: Siblings = ctx.s
         count = len(s.linears)
-        gradients = [torch.zeros(n, dtype=d, device=e) if g is None else g for g, (n, d, e) in zip(given, ctx.like)]
+        gradients = rowwise_op.filled(given, ctx.like)
         reached = [g is not None for m, g in zip(s.linears, given) for _ in m.operands]
         saved, held = ctx.saved_tensors, len(s.kept) + ctx.stored            # read once: a checkpoint gives them out once
         kept, (t, a, *base) = saved[:held], saved[held:]
@@ -161,20 +161,23 @@ class _Siblings(torch.autograd.Function):
             if s.plan is None:
                 x, found[1] = kept[0], None if dx is None else dx.view(ctx.shape)
             else:
-                x = _region_backward(ctx, s, kept, [dx.view(*ctx.lead, dx.shape[1]), *gradients[count:]], found)
+                cut = rowwise_op.unreached(s.plan, [dx if any(reached) else None, *given[count:]])
+                x = _region_backward(ctx, s, kept, [dx.view(*ctx.lead, dx.shape[1]), *gradients[count:]], cut, found)
             own = s.code.weights(*gs, x, u, db)
         return (*found, *(g if r else None for g, r in zip(own, reached)))
 
 
-def _region_backward(ctx: Any, s: Siblings, kept: Sequence[Tensor], gradients: Sequence[Tensor], found: list[Tensor | None]) -> Tensor:
-    """Fills ``found`` with the gradients of the region's operands; x made again, as rows."""
+def _region_backward(
+    ctx: Any, s: Siblings, kept: Sequence[Tensor], gradients: Sequence[Tensor], cut: Collection[int], found: list[Tensor | None]
+) -> Tensor:
+    """Fills ``found`` with the gradients of the region's operands but those that are ``cut`` off; x made again, as rows."""
     plan, again = s.plan, s.again
     assert plan is not None and again is not None
     held = len(plan.saved_operands)
     operands, more, stored = kept[:held], kept[held : len(s.kept)], kept[len(s.kept) :]
     *made, x = launcher(again.backward)([*operands, *stored, *gradients, *more])
     for operand, which in zip(plan.wrt, plan.targets):
-        if ctx.needs_input_grad[operand + 1]:
+        if ctx.needs_input_grad[operand + 1] and operand not in cut:
             value = made[which] if which >= 0 else gradients[-1 - which]
             found[operand + 1] = rowwise_op.whole_gradient(plan, operand, value, operands, ctx.tables)
     return _rows(x)

@@ -103,6 +103,13 @@ def _given(node: fx.Node, own: Collection[StorageWeakRef]) -> bool:
     return node.op in ("placeholder", "get_attr")
 
 
+def _cut_off(body: fx.GraphModule) -> tuple[bool, ...]:
+    """Which results no gradient goes to, as Dynamo saw them."""
+    output = next(n for n in reversed(body.graph.nodes) if n.op == "output").args[0]
+    values = [example(o) if isinstance(o, fx.Node) else None for o in output]
+    return tuple(isinstance(v, Tensor) and not v.requires_grad for v in values)
+
+
 def _overloads(target: Any) -> list[OpOverload]:
     if isinstance(target, OpOverloadPacket):
         return [getattr(target, name) for name in target.overloads()]
@@ -121,7 +128,9 @@ class _Recomputed(torch.autograd.Function):
         for k in ctx.places:
             ctx.rest[k] = None
         ctx.versions = _versions(ctx.rest)
-        return tuple(body.forward(*args))
+        outputs = tuple(body.forward(*args))
+        ctx.mark_non_differentiable(*(o for o, cut in zip(outputs, _cut_off(body)) if cut and isinstance(o, Tensor)))
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, *given: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -164,6 +164,23 @@ def test_what_no_gradient_reaches_gets_none() -> None:
         torch.testing.assert_close(ours, eager)
 
 
+def test_a_gradient_of_the_regions_other_result_alone() -> None:
+    """Of x + r, not of its norm: neither the norm's weight nor the linear's gets one."""
+
+    def weighted(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        s = x + r
+        return s * torch.rsqrt(s.square().mean(-1, keepdim=True) + 1e-6) * w, s
+
+    torch.manual_seed(0)
+    operands = [torch.randn(*n).requires_grad_() for n in ((2, 5, 32), (2, 5, 32), (32,), (24, 32))]
+    plan = region_of(weighted, operands[:3], torch.float32).plan
+    _, s = siblings.call(plan, [Linear(trained=True)])(*operands)
+    found = torch.autograd.grad(s.square().sum(), operands, allow_unused=True)
+    assert found[2] is None and found[3] is None
+    for ours in found[:2]:
+        torch.testing.assert_close(ours, 2 * (operands[0] + operands[1]))
+
+
 @pytest.mark.parametrize("linears", [adapted(2), [Linear(trained=True)] * 2], ids=["adapted", "trained"])
 def test_no_gradient_is_made_of_an_x_that_wants_none(linears: list[Linear]) -> None:
     """As in a model's first layer, whose embedding is frozen: the products with W are made in the forward only."""

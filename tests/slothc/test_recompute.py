@@ -85,6 +85,27 @@ def test_an_argument_that_comes_back_and_a_result_that_nobody_reads() -> None:
     assert torch.equal(z, x) and unread.requires_grad
 
 
+def test_what_is_cut_off_inside_has_no_gradient_outside() -> None:
+    """A result that is detached, or an argument without a gradient, is that outside too: routing, statistics, masks."""
+    w = nn.Parameter(torch.randn(4, 4))
+
+    def body(x: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+        h = F.silu(x @ w)
+        return h * mask, h.detach() * 2.0, mask, h.argmax(-1)
+
+    def model(x: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+        results: tuple[Tensor, ...] = checkpoint(body, x, mask, use_reentrant=False)
+        return results
+
+    torch._dynamo.reset()
+    x, mask = torch.randn(3, 4, requires_grad=True), torch.ones(3, 4)
+    found, true = (f(x, mask) for f in (torch.compile(model, backend="sloth"), model))
+    assert [r.requires_grad for r in found] == [r.requires_grad for r in true] == [True, False, False, False]
+    ours, eager = (torch.autograd.grad((r[0] * r[1]).sum(), [x, w]) for r in (found, true))
+    for a, b in zip(ours, eager):
+        torch.testing.assert_close(a, b)
+
+
 def test_random_numbers_and_autocast_are_the_forwards() -> None:
     def f(x: Tensor, w: Tensor) -> tuple[Tensor]:
         return (F.dropout(x @ w, 0.5, True),)
