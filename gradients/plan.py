@@ -113,6 +113,14 @@ class Plan:
     held: tuple[int, ...] = ()
 
     @cached_property
+    def differentiable(self) -> tuple[bool, ...]:
+        """Of each result, whether an operand that has a gradient is a part of it."""
+        program, made = self.forward.program, dict[int, set[str]]()
+        for output, access in zip(program.outputs, self.forward.stores):
+            made.setdefault(access.tensor, set()).update(program.needed({output.value}))
+        return tuple(any(program.input[n].differentiable for n in made[k] if n in program.input) for k in range(self.results))
+
+    @cached_property
     def reach(self) -> tuple[frozenset[int], ...]:
         """For each operand in ``wrt``, the results whose gradients its own is made of."""
         if self.backward is None:

@@ -38,6 +38,7 @@ class _Call:
         self.wanted = [(operand + 1, which) for operand, which in zip(plan.wrt, plan.targets)]
         self.tables = [k for k in plan.wrt if plan.forward.reads[k].lookup is not None]
         self.inputs = len(plan.forward.reads) + 1
+        self.constant = [k for k, d in enumerate(plan.differentiable) if not d]
 
 
 class _Function(torch.autograd.Function):
@@ -51,6 +52,7 @@ class _Function(torch.autograd.Function):
             return written[0]
         results = tuple(written[: call.results])
         ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*[results[k] for k in call.constant])
         ctx.like = likes(results)
         return results
 

@@ -61,6 +61,16 @@ class Siblings:
         names = [(m, name) for m in self.linears for name in m.operands]
         return tuple(self.reads + k for k, (m, name) in enumerate(names) if name in m.read)
 
+    @cached_property
+    def constant(self) -> tuple[list[int], list[int]]:
+        """The numbers of the results that have no gradient, where x itself, if it is given, has none and where it has one."""
+        found = []
+        for given in (False, True):
+            region = (given,) if self.plan is None else self.plan.differentiable
+            own = [bool(m.rank or m.trained or region[0]) for m in self.linears]
+            found.append([k for k, d in enumerate((*own, *region[1:])) if not d])
+        return found[0], found[1]
+
     def each(self, tensors: Sequence[Tensor]) -> Iterator[tuple[Linear, Sequence[Tensor]]]:
         """Each linear with its operands."""
         start = self.reads
@@ -138,6 +148,7 @@ class _Siblings(torch.autograd.Function):
         results, stored, rows, t, a = _forward(s, tensors)
         ctx.s, ctx.stored, ctx.lead = s, len(stored), results[0].shape[:-1]
         ctx.set_materialize_grads(False)                                  # no gradient of y, none of W: not zeros
+        ctx.mark_non_differentiable(*[results[k] for k in s.constant[tensors[0].requires_grad]])
         ctx.like = rowwise_op.likes(results)
         kept = [tensors[k] for k in s.kept] if s.plan is not None else [rows]
         ctx.save_for_backward(*kept, *stored, t, a, *(tensors[k] for k in s.base))

@@ -99,6 +99,20 @@ def test_one_of_two_results_may_be_unused() -> None:
                     torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
+def test_a_result_without_a_gradient_stays_one() -> None:
+    """What only operands without a gradient are a part of, beside a result of others."""
+
+    def scaled(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        h = x * 1.5
+        return h * g, h
+
+    x, g = torch.randn(2, 5, 8, device=DEVICE), torch.randn(8, device=DEVICE, requires_grad=True)
+    torch._dynamo.reset()
+    y, h = torch.compile(scaled, backend="sloth")(x, g)
+    assert y.requires_grad and not h.requires_grad
+    torch.testing.assert_close(torch.autograd.grad((y * h).sum(), g)[0], ((x * 1.5) ** 2).sum((0, 1)))
+
+
 def test_a_tensor_that_is_two_operands_gets_the_sum() -> None:
     """x + roll-like reads of one tensor through overlapping maps: each map is an operand of its own."""
 

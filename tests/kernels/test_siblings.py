@@ -164,6 +164,15 @@ def test_what_no_gradient_reaches_gets_none() -> None:
         torch.testing.assert_close(ours, eager)
 
 
+def test_a_frozen_linear_of_what_has_no_gradient() -> None:
+    """Beside a trained one: its result has none either."""
+    torch.manual_seed(0)
+    x, frozen, trained = torch.randn(2, 5, 32), torch.randn(16, 32), torch.randn(24, 32, requires_grad=True)
+    call = siblings.call(None, [Linear(), Linear(trained=True)])
+    assert [y.requires_grad for y in call(x, frozen, trained)] == [False, True]
+    assert [y.requires_grad for y in call(x.requires_grad_(), frozen, trained)] == [True, True]
+
+
 def test_a_gradient_of_the_regions_other_result_alone() -> None:
     """Of x + r, not of its norm: neither the norm's weight nor the linear's gets one."""
 
