@@ -195,19 +195,33 @@ def _adapter_input(view: View, base: Base, branch: Branch, inside: list[fx.Node]
     passed: list[fx.Node] = []
     x = _peel(view, base.x, [], reshapes=True)
     source = _peel(view, branch.source, passed)
-    if source is x or _peel(view, source, [], reshapes=True) is x:
-        inside.extend(n for n in passed if view.op(n).kind != "reshape")
-        return None
-    op = view.op(source)
-    if op.kind in ("dropout", "cast") and _peel(view, op.args[0], [], reshapes=True) is x:
-        return branch.source
+    op, wide = view.op(source), _narrowed_for_both(view, x, branch)
+    for read in (x, *([] if wide is None else [wide])):
+        if _peel(view, source, [], reshapes=True) is read:
+            inside.extend(n for n in passed if view.op(n).kind != "reshape")
+            return None
+        if op.kind in ("dropout", "cast") and _peel(view, op.args[0], [], reshapes=True) is read:
+            return branch.source
     raise _Unlike
 
 
-def _read_by_both(view: View, x: fx.Node, source: fx.Node) -> fx.Node:
-    """The value that the base reads as ``x``, before casts that do nothing where the adapter's ``source`` is without them."""
+def _narrowed_for_both(view: View, x: fx.Node, branch: Branch) -> fx.Node | None:
+    """The value in fp32 behind ``x`` that the base reads narrowed, and the adapter as autocast narrows it; None where it is not so."""
+    op, dtype = view.op(x), view.value(x).dtype
+    if op.kind != "cast" or view.value(branch.down).dtype is not dtype or view.value(branch.source).dtype is dtype:
+        return None
+    wide: fx.Node = _peel(view, op.args[0], [], reshapes=True)
+    return wide
+
+
+def _read_by_both(view: View, base: Base, branch: Branch) -> fx.Node:
+    """The value that the base and the adapter read, before casts that do nothing where the adapter reads it without them."""
     passed: list[fx.Node] = []
+    x, source = base.x, branch.source
     behind = {_peel(view, source, passed), *passed}
+    wide = _narrowed_for_both(view, _peel(view, x, [], reshapes=True), branch)
+    if wide is not None:
+        return wide
     node = x
     while node not in behind:
         op = view.op(node)
@@ -269,6 +283,8 @@ def _match(view: View, node: fx.Node) -> Match | None:
     base_dtype = view.value(base.linear).dtype
     if top is node and out is not base_dtype and _ends_later(view, node, base_dtype):
         return None
+    if top is not node and view.value(top).dtype is base_dtype:
+        return None                                                        # the sum is the match, whatever it is cast to
     inside += base.inside + [n for branch in branches for n in branch.inside]
     xa, *others = (_adapter_input(view, base, branch, inside) for branch in branches)
     if any(other is not xa for other in others):
@@ -276,7 +292,7 @@ def _match(view: View, node: fx.Node) -> Match | None:
     for branch in branches:
         _guard(view, base, branch, out)
     whole = view.value(base.x).shape[:-1] == view.value(node).shape[:-1]
-    x = _read_by_both(view, base.x, branches[0].source) if whole else _peel(view, base.x, [], reshapes=True)
+    x = _read_by_both(view, base, branches[0]) if whole else _peel(view, base.x, [], reshapes=True)
     inputs = {"x": x, "xa": xa, "weight": base.weight, "bias": base.bias, **_adapter(branches[0])}
     attrs = {"out_dtype": out, "adapter_dtype": _widest(view, branches), "layout": base.layout}
     return Match(NAME, node, _leaves(view, node, inside), inputs | {"more": tuple(map(_adapter, branches[1:]))}, attrs)

@@ -25,6 +25,8 @@ from .errors import RegionDropped, VerificationFailed
 from .found import Found, Region, find
 from .four_bit import four_bit, held
 from .four_bit import restore as restore_four_bit
+from .four_bit_sums import narrow_sums
+from .four_bit_sums import restore as restore_sums
 from .functional import functional, restore
 from .options import Options
 from .regions import behind, leaves
@@ -53,7 +55,7 @@ def rewrite(module: fx.GraphModule, options: Options, run: bool = True, view: Gr
     """Rewrite ``module`` in place and report. ``run=False`` (explain) neither checks nor changes anything."""
     counts["graphs"] += 1
     view = GraphView(module) if view is None else view
-    for simpler in (four_bit, batched, functional):
+    for simpler in (four_bit, lambda v: narrow_sums(v, options), batched, functional):
         view = view.again() if simpler(view) else view
     result = Rewritten(find(view, options))
     for caller, child in view.child_modules():
@@ -251,6 +253,7 @@ class _Splice:
                 self.region(item)
             for r in (held(self.view, r) for r in found):
                 self.replace(r.node, r.target, r.args, dict(r.kwargs))
+        restore_sums(self.graph)
         restore_four_bit(self.graph)
         for node in reversed(self.graph.nodes):
             if not node.users and node not in self.effects and node.op not in ("placeholder", "output"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -136,6 +137,78 @@ def test_a_linear_without_an_adapter_in_a_block_of_those_with_one() -> None:
     as_near(ours, model)
     readers = [[(r.linear.rank, r.linear.held is not None) for r in b.readers] for b in graphs[0].blocks if b.region]
     assert ([(4, True), (0, True), (4, True)] in readers) == NATIVE_BF16 and not graphs[0].dropped
+
+
+def prepared(checkpoints: bool = False, dropout: float = 0.0, **config: Any) -> nn.Module:
+    """PEFT's recipe: norms, embedding and head in fp32, and so the hidden states; to be run under autocast."""
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    torch.manual_seed(0)
+    made = prepare_model_for_kbit_training(held(**config), checkpoints, {"use_reentrant": False})
+    made = get_peft_model(made, LoraConfig(r=4, target_modules="all-linear", lora_dropout=dropout))
+    for name, p in made.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(p, std=0.05)
+    return made.train()
+
+
+@pytest.mark.parametrize("checkpoints", [False, True], ids=["", "checkpoints"])
+def test_hidden_states_in_fp32_under_autocast(checkpoints: bool) -> None:
+    """All adapters are summed with their bases before rounding, though each is widened by itself in the model."""
+    model = prepared(checkpoints)
+
+    def cast(run: Any, **inputs: Any) -> tm.Step:
+        with torch.autocast("cpu", torch.bfloat16):
+            return tm.step(model, run, **inputs)
+
+    with tm.watched() as graphs:
+        fast = torch.compile(model, backend="sloth")
+        draws = [tm.batch(seed=s) for s in range(5)]
+        ours, eager, true = ([run(x) for x in draws] for run in (
+            lambda x: cast(fast, **x), lambda x: cast(None, **x), lambda x: truth(model, **x)
+        ))  # fmt: skip
+    mean = lambda found: (sum(tm.distance(f, t) ** 2 for f, t in zip(found, true)) / len(true)) ** 0.5  # noqa: E731
+    assert mean(ours) <= 1.10 * mean(eager) + tm.TINY[torch.bfloat16]
+    assert tm.counted(graphs)["lora_linear"] == 14 and not any(g.dropped for g in graphs)
+
+
+def test_a_dropout_under_autocast() -> None:
+    model = prepared(dropout=0.2, shallow=True)
+    with tm.watched() as graphs:
+        fast = torch.compile(model, backend="sloth")
+
+        def seeded(f: Any) -> tm.Step:
+            torch.manual_seed(5)
+            with torch.autocast("cpu", torch.bfloat16):
+                return tm.step(model, f, **tm.batch())
+
+        assert tm.distance(seeded(fast), seeded(None)) < 2e-2
+    assert tm.counted(graphs)["lora_linear"] == 7 and not graphs[0].dropped
+
+
+@pytest.mark.parametrize("options, autocast", [({"disable": ["lora_linear"]}, True), ({}, False)], ids=["without the rule", "no autocast"])
+def test_sums_that_nothing_takes_in_stay_in_fp32(options: dict[str, Any], autocast: bool) -> None:
+    """Without autocast an adapter is computed in fp32, which a sum in 16 bits would lose."""
+    model = prepared(shallow=True)
+    with tm.watched() as graphs:
+        fast = torch.compile(model, backend="sloth", options=options)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            ours, eager = tm.step(model, fast, **tm.batch()), tm.step(model, **tm.batch())
+    assert not tm.counted(graphs)["lora_linear"] and tm.distance(ours, eager) < (2e-2 if autocast else 2e-3)
+    sums = [n for n in graphs[0].found.view.graph_module.graph.nodes if n.target is operator.add and len(n.all_input_nodes) == 2]
+    assert not [n for n in sums if n.meta["example_value"].dtype is torch.bfloat16]
+
+
+def test_lengths_that_change() -> None:
+    """The second length makes a graph of symbolic sizes, which takes in as much as the first."""
+    model = tm.adapted(held())
+    with tm.watched() as graphs:
+        fast = torch.compile(model, backend="sloth")
+        for size, length in ((2, 16), (3, 12), (2, 20)):
+            ours, eager = (tm.step(model, run, **tm.batch(size, length)) for run in (fast, model))
+            true = truth(model, **tm.batch(size, length))
+            assert tm.distance(ours, true) <= 1.10 * tm.distance(eager, true) + tm.TINY[torch.bfloat16]
+    assert [tm.counted([g])["lora_linear"] for g in graphs] == [14, 14]
 
 
 def test_under_a_checkpoint() -> None:
