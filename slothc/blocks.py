@@ -157,10 +157,10 @@ def _held(view: GraphView, weight: fx.Node) -> tuple[FourBit | None, tuple[fx.No
 
 
 def _native(view: GraphView, nodes: Sequence[fx.Node]) -> bool:
-    """Whether these are of one dtype that the device multiplies, outside autocast, and nobody writes into them (the last is the result)."""
+    """Whether these are of one dtype that the device multiplies, and nobody writes into them (the last is the result)."""
     values = [view.value(n) for n in nodes]
     same = len({v.dtype for v in values}) == 1 and native(values[0].device.type, values[0].dtype)
-    return same and not any(map(view.mutated, nodes[:-1])) and not torch._C._is_any_autocast_enabled()
+    return same and not any(map(view.mutated, nodes[:-1]))
 
 
 def _remade(region: Region) -> bool:

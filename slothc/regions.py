@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from .narrowed import NARROWED
 from .view import GraphView
 
 ARITHMETIC = {
@@ -50,7 +51,7 @@ class Growth:
     def liftable(self, node: fx.Node) -> bool:
         """Whether the node may be part of a cone."""
         view = self.view
-        if node in self.taken or not view.alive(node) or node.op in ("placeholder", "output", "get_attr"):
+        if node in self.taken or not view.alive(node) or node.op in ("placeholder", "output", "get_attr") or NARROWED in node.meta:
             return False
         kind = view.op(node).kind
         if kind not in ARITHMETIC | VIEWS | FILLED or view.mutated(node):

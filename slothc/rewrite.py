@@ -28,6 +28,7 @@ from .four_bit import restore as restore_four_bit
 from .four_bit_sums import narrow_sums
 from .four_bit_sums import restore as restore_sums
 from .functional import functional, restore
+from .narrowed import narrowed
 from .options import Options
 from .regions import behind, leaves
 from .sizes import shape_of
@@ -55,7 +56,7 @@ def rewrite(module: fx.GraphModule, options: Options, run: bool = True, view: Gr
     """Rewrite ``module`` in place and report. ``run=False`` (explain) neither checks nor changes anything."""
     counts["graphs"] += 1
     view = GraphView(module) if view is None else view
-    for simpler in (four_bit, lambda v: narrow_sums(v, options), batched, functional):
+    for simpler in (four_bit, narrowed, lambda v: narrow_sums(v, options), batched, functional):
         view = view.again() if simpler(view) else view
     result = Rewritten(find(view, options))
     for caller, child in view.child_modules():
