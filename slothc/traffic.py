@@ -10,6 +10,7 @@ from torch._ops import HigherOrderOperator
 
 from slothc.patterns.meaning import Op
 
+from .narrowed import NARROWED
 from .regions import VIEWS
 from .spellings import target_name
 from .view import GraphView
@@ -21,12 +22,12 @@ CALLS = ("autograd_function_apply", "tag_activation_checkpoint", "wrap", "invoke
 
 
 def traffic(view: GraphView, node: fx.Node) -> int:
-    """Bytes that the node reads and writes when it runs by itself; views and matrix products count nothing.
+    """Bytes that the node reads and writes when it runs by itself; views, matrix products and autocast's own casts count nothing.
 
     Dynamic sizes count with the value they had at capture.
     """
     op = view.op(node)
-    if node.op not in ("call_function", "call_method") or op.kind in MATRIX | {"detach", "whole"}:
+    if node.op not in ("call_function", "call_method") or op.kind in MATRIX | {"detach", "whole"} or NARROWED in node.meta:
         return 0
     if (op.kind in VIEWS and not op.params.get("clone")) or target_name(node) in MAPPED:
         return 0

@@ -10,6 +10,7 @@ import torch
 from processor import NATIVE_BF16
 from torch import nn
 
+from slothc import explain
 from slothc.narrowed import NARROWED
 
 BF16 = torch.bfloat16
@@ -66,6 +67,13 @@ def test_only_what_autocast_narrows(autocast: bool) -> None:
     casts = [n for n in graphs[0].found.view.graph_module.graph.nodes if NARROWED in n.meta]
     assert len(casts) == (28 if autocast else 0)
     assert tm.distance(ours, eager) < 1e-2
+
+
+def test_casts_of_autocasts_own_are_not_counted() -> None:
+    model = adapted()
+    with torch.autocast("cpu", BF16):
+        report = str(explain(model, **tm.batch()))
+    assert "lora_linear       14" in report and "not covered" not in report
 
 
 def test_a_base_in_fp32() -> None:
