@@ -211,7 +211,10 @@ def _narrowed_for_both(view: View, x: fx.Node, branch: Branch) -> fx.Node | None
     if op.kind != "cast" or view.value(branch.down).dtype is not dtype or view.value(branch.source).dtype is dtype:
         return None
     wide: fx.Node = _peel(view, op.args[0], [], reshapes=True)
-    return wide
+    read = _peel(view, branch.source, [], reshapes=True)
+    if view.op(read).kind == "dropout":
+        read = _peel(view, view.op(read).args[0], [], reshapes=True)
+    return wide if read is wide else None
 
 
 def _read_by_both(view: View, base: Base, branch: Branch) -> fx.Node:
