@@ -43,9 +43,9 @@ def test_the_contract_and_blocks() -> None:
         assert readers == [1, 1, 2, 2, 3] and len(graphs[0].blocks) == 8
 
 
-@pytest.mark.parametrize("name", ["llama", "olmo2"])
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_a_dropout_of_the_adapter(name: str) -> None:
-    """Also of what a cast has made (olmo2's norms end in one): the value that base and adapter read, not what was cast."""
+    """Also of what a cast has made (gemma2's norms end in one): the value that base and adapter read, not what was cast."""
     model = adapted(name=name, dropout=0.2)
     with tm.watched() as graphs:
         fast = torch.compile(model, backend="sloth")
