@@ -15,17 +15,17 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor
 
+from slothc.kernels.products import LOW
 from slothc.patterns import lora_linear
 from slothc.patterns.rule import Match
 
 from .four_bit import INSTEAD
+from .narrowed import in_dtype
 from .options import Options
 from .view import GraphView
 
 SUM = "sloth_fp32_sum"                    # in the meta of a widened sum: (the sum in 16 bits, the sum whose place it has)
-LOW = (torch.bfloat16, torch.float16)
 
 
 def narrow_sums(view: GraphView, options: Options) -> bool:
@@ -70,7 +70,7 @@ def _narrowed(view: GraphView, node: fx.Node) -> fx.Node | None:
         total = graph.call_function(operator.add, (base, adapter))
     with graph.inserting_after(total):
         cast = graph.call_method("to", (total, torch.float32))
-    total.meta = {**node.meta, "example_value": _in(view, node, view.dtype(base))}
+    total.meta = {**node.meta, "example_value": in_dtype(view.value(node), view.dtype(base))}
     node.replace_all_uses_with(cast)
     cast.meta = {**node.meta, SUM: (total, node)}
     return cast
@@ -95,11 +95,3 @@ def _of_four_bits(node: fx.Node) -> bool:
     while node.op == "call_function" and node.target is operator.add and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     return INSTEAD in node.meta
-
-
-def _in(view: GraphView, node: fx.Node, dtype: torch.dtype) -> torch.Tensor:
-    value = view.value(node)
-    if not isinstance(value, FakeTensor):
-        return value.to(dtype)
-    with value.fake_mode, torch.set_grad_enabled(value.requires_grad):
-        return value.to(dtype)

@@ -12,11 +12,11 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
+from slothc.kernels.products import LOW
 from slothc.patterns.lora_linear import Base, Branch, adapted
 
 from .view import GraphView
 
-LOW = (torch.bfloat16, torch.float16)
 NARROWED = "sloth_narrowed"               # in the meta of a weight's cast: an operation of PyTorch's, nothing to make a kernel of
 
 
@@ -45,7 +45,7 @@ class _Casts:
             with graph.inserting_after(self.inputs if weight else node):
                 found = self.made[node, dtype] = graph.call_method("to", (node, dtype))
             kept = {k: v for k, v in node.meta.items() if k != "grapharg"}
-            found.meta = {**kept, "example_value": _in(self.view.value(node), dtype), **({NARROWED: True} if weight else {})}
+            found.meta = {**kept, "example_value": in_dtype(self.view.value(node), dtype), **({NARROWED: True} if weight else {})}
         return found
 
     def read(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
@@ -97,7 +97,8 @@ def _plain(view: GraphView, linear: fx.Node) -> bool:
     return view.op(linear).kind == "linear" and view.op(linear).args[:2] == tuple(linear.args[:2]) and len(linear.args) >= 2
 
 
-def _in(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def in_dtype(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The example value of a cast of ``value``."""
     if not isinstance(value, FakeTensor):
         return value.to(dtype)
     with value.fake_mode, torch.enable_grad():
