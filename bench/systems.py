@@ -219,6 +219,14 @@ def in_four_bits(model: Any) -> Any:
     return model
 
 
+def prepared(model: Any, *, checkpointing: bool) -> Any:
+    """As PEFT's recipe for QLoRA leaves it: what is not in four bits is in fp32 and frozen."""
+    from peft import prepare_model_for_kbit_training
+
+    options = {"use_reentrant": False}
+    return prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpointing, gradient_checkpointing_kwargs=options)
+
+
 def with_adapters(model: Any, name: str, *, fp32: bool) -> Any:
     """LoRA r=16 on all linears of a layer, values seeded by name. ``fp32`` keeps adapters wider than the base."""
     from peft import LoraConfig, get_peft_model

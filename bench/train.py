@@ -31,6 +31,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--ckpt", action="store_true", help="activation checkpointing (Unsloth: its offloading one)")
     parser.add_argument("--adapter-dtype", choices=["base", "fp32"], default="base")
     parser.add_argument("--base", choices=["bf16", "nf4"], default="bf16", help="how the weights under the adapters are held")
+    parser.add_argument("--prepared", action="store_true", help="a base in four bits as PEFT's prepare_model_for_kbit_training leaves it")
+    parser.add_argument("--autocast", action="store_true", help="bf16 autocast, as a Trainer's bf16=True (Unsloth's always has it)")
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--timeout", type=float, default=600, help="seconds for one system")
@@ -43,6 +45,8 @@ def arguments() -> argparse.Namespace:
     unknown = set(found.systems.split(",")) - {*systems.SYSTEMS, "save"}
     if unknown:
         parser.error(f"unknown system {', '.join(sorted(unknown))}; known: {', '.join(systems.SYSTEMS)}")
+    if found.prepared and found.base != "nf4":
+        parser.error("--prepared is for --base nf4")
     return found
 
 
@@ -86,6 +90,8 @@ def build(system: str, a: argparse.Namespace) -> Any:
     model = systems.base_model(a.model, a.device, layers=a.layers, attn=a.attn)
     if a.base == "nf4":
         model = systems.in_four_bits(model)
+    if a.prepared:
+        model = systems.prepared(model, checkpointing=a.ckpt)
     if a.mode == "lora":
         model = systems.with_adapters(model, a.model, fp32=a.adapter_dtype == "fp32")
     if a.ckpt:
@@ -134,7 +140,7 @@ def measure(system: str, a: argparse.Namespace) -> isolate.Result:
 
     def step(i: int) -> torch.Tensor:
         ids = data[i % len(data)]
-        with torch.autocast(a.device, torch.bfloat16, enabled=system == "unsloth"):
+        with torch.autocast(a.device, torch.bfloat16, enabled=a.autocast or system == "unsloth"):
             loss = step_model(input_ids=ids, labels=ids).loss
         loss.backward()
         optimizer.step()
@@ -239,9 +245,11 @@ def profile(step: Callable[[], object], top: int = 25) -> list[tuple[str, float,
 def report(a: argparse.Namespace, results: dict[str, isolate.Result]) -> None:
     title = (
         f"{a.model}, {a.mode}{' + checkpointing' if a.ckpt else ''}, {a.batch} x {a.seq} tokens, attention {a.attn}, "
-        f"adapters {a.adapter_dtype}, base {a.base}, {a.device}"
+        f"adapters {a.adapter_dtype}, base {a.base}{' (prepared)' if a.prepared else ''}{', autocast' if a.autocast else ''}, {a.device}"
     )
-    name = a.name or f"train-{a.model}-{a.mode}{'-ckpt' if a.ckpt else ''}{'-nf4' if a.base == 'nf4' else ''}-{a.batch}x{a.seq}"
+    named = {"ckpt": a.ckpt, a.base: a.base != "bf16", "prepared": a.prepared, "autocast": a.autocast}
+    marks = [a.mode, *(mark for mark, on in named.items() if on)]
+    name = a.name or f"train-{a.model}-{'-'.join(marks)}-{a.batch}x{a.seq}"
     text = f"### {title}\n\n" + tables.markdown(
         ["system", "ms/step", "min - max", "tokens/s", "peak GiB", "reserved", "first step (s)", "loss of steps 1, 2, 3"],
         [row(system, result) for system, result in results.items()],

@@ -17,6 +17,7 @@ from torch import Tensor
 from .binding import Blanks
 from .broken import give_up
 from .direct import Descriptor, Direct
+from .tracing import traced
 
 LOW = (torch.bfloat16, torch.float16)
 CHUNK = 64            # columns of the low-rank factors in one dot
@@ -55,6 +56,8 @@ def joined(a: Tensor, b: Tensor, alpha: float, x: Tensor, w: Tensor, c: Tensor |
 
     Where ``takes_wide``, a and b may be fp32 beside low-precision x, w and c.
     """
+    if traced(x):
+        return torch.ops.sloth.joined(a, b, alpha, x, w, c)
     if not x.is_cuda:
         return _record(a, b, alpha, x, w, c)(a, b, x, w, c)
     key = (
@@ -67,6 +70,16 @@ def joined(a: Tensor, b: Tensor, alpha: float, x: Tensor, w: Tensor, c: Tensor |
         if len(_records) > KEPT:
             _records.pop(next(iter(_records)))
     return record(a, b, x, w, c)
+
+
+_library = torch.library.Library("sloth", "FRAGMENT")
+_library.define("joined(Tensor a, Tensor b, float alpha, Tensor x, Tensor w, Tensor? c) -> Tensor")
+_library.impl("joined", joined, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("sloth::joined", lib=_library)
+def _fake(a: Tensor, b: Tensor, alpha: float, x: Tensor, w: Tensor, c: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape[0], w.shape[1])
 
 
 def _record(a: Tensor, b: Tensor, alpha: float, x: Tensor, w: Tensor, c: Tensor | None) -> Record:

@@ -8,79 +8,18 @@ x is read by these linears alone, so nobody keeps it: the backward of the region
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from slothc.gradients.plan import Plan
-from slothc.gradients.remake import Remaking, remaking
 from torch import Tensor
 
-from . import rowwise_op
-from .four_bit import taken
-from .lowrank import _rows, _without_autocast, lora_linear
+from . import rowwise_op, siblings_op
+from .lowrank import _rows
 from .once import once_differentiable
-from .rowwise import launcher
-from .siblings_program import Linear, Stacked, stacked
-from .tracing import traced
-
-_NOTHING: tuple[Tensor, ...] = ()
-
-
-@dataclass(frozen=True)
-class Siblings:
-    """What is static of a call: the region's plan (None: x is given), and the linears."""
-
-    plan: Plan | None
-    linears: tuple[Linear, ...]
-    needed: bool = True                   # whether the y_i have to hold their values, or only the backward is wanted
-
-    @cached_property
-    def again(self) -> Remaking | None:
-        """The region's backward that makes x again; None without a region."""
-        return None if self.plan is None else remaking(self.plan)
-
-    @cached_property
-    def reads(self) -> int:
-        """The operands before the linears' own: the region's, or x."""
-        return 1 if self.plan is None else len(self.plan.forward.reads)
-
-    @cached_property
-    def kept(self) -> tuple[int, ...]:
-        """The region's operands that its backward and the remaking of x read."""
-        if self.plan is None:
-            return (0,)
-        assert self.again is not None
-        return (*self.plan.saved_operands, *self.again.more)
-
-    @cached_property
-    def base(self) -> tuple[int, ...]:
-        """The numbers of the linears' operands that the gradient of x reads."""
-        names = [(m, name) for m in self.linears for name in m.operands]
-        return tuple(self.reads + k for k, (m, name) in enumerate(names) if name in m.read)
-
-    @cached_property
-    def constant(self) -> tuple[list[int], list[int]]:
-        """The numbers of the results that have no gradient, where x itself, if it is given, has none and where it has one."""
-        found = []
-        for given in (False, True):
-            region = (given,) if self.plan is None else self.plan.differentiable
-            own = [bool(m.rank or m.trained or region[0]) for m in self.linears]
-            found.append([k for k, d in enumerate((*own, *region[1:])) if not d])
-        return found[0], found[1]
-
-    def each(self, tensors: Sequence[Tensor]) -> Iterator[tuple[Linear, Sequence[Tensor]]]:
-        """Each linear with its operands."""
-        start = self.reads
-        for linear in self.linears:
-            yield linear, tensors[start : start + len(linear.operands)]
-            start += len(linear.operands)
-
-    @cached_property
-    def code(self) -> Stacked:
-        return stacked(self.linears)
+from .siblings_block import Siblings, shaped_like
+from .siblings_program import Linear
 
 
 def call(plan: Plan | None, linears: Sequence[Linear], needed: bool = True) -> Callable[..., tuple[Tensor, ...]]:
@@ -98,11 +37,10 @@ def call(plan: Plan | None, linears: Sequence[Linear], needed: bool = True) -> C
         rowwise_op.register(plan)
 
     def run(*tensors: Tensor) -> tuple[Tensor, ...]:
-        if traced(*tensors):
-            return _apart(static, tensors)
         if torch.is_grad_enabled():
             return _Siblings.apply(static, *tensors)
-        return _forward(static, tensors)[0]
+        made = siblings_op.forward(static, tensors)
+        return (*made.ys, *_more(static, made.written))
 
     run.__name__ = f"siblings_{len(static.linears)}{'' if plan is None else '_' + plan.key}{'' if needed else '_unneeded'}"
     if needed:
@@ -110,49 +48,22 @@ def call(plan: Plan | None, linears: Sequence[Linear], needed: bool = True) -> C
     return run
 
 
-def _apart(s: Siblings, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The same as operations that another compiler can trace."""
-    made: Any = tensors[0] if s.plan is None else rowwise_op.call(s.plan)(*tensors[: s.reads])
-    x, *more = made if isinstance(made, tuple) else (made,)
-    return (*(_one(x, linear, own) for linear, own in s.each(tensors)), *more)
-
-
-def _one(x: Tensor, linear: Linear, own: Sequence[Tensor]) -> Tensor:
-    w, rest = taken(linear.held, own)
-    if not linear.rank:
-        return torch.nn.functional.linear(x, w, *rest)
-    a, b, *bias = rest
-    return lora_linear(x, None, w, bias[0] if bias else None, a, b, linear.scale)
-
-
-_Forward: TypeAlias = tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor, Tensor | None, Tensor | None]
-
-
-def _forward(s: Siblings, tensors: Sequence[Tensor]) -> _Forward:
-    """(results, what the region keeps, x as rows, T, stacked A)."""
-    if s.plan is None:
-        x, more, stored = tensors[0], _NOTHING, _NOTHING
-    else:
-        written = launcher(s.plan.forward)(tensors[: s.reads])
-        x, more, stored = written[0], tuple(written[1 : s.plan.results]), tuple(written[k] for k in s.plan.held)
-    rows = _rows(x)
-    with _without_autocast(x.device):
-        *ys, t, a = (s.code.forward if s.needed else s.code.unneeded)(rows, *tensors[s.reads :])
-    shaped = (torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[1]]) for y in ys)   # no view: the model may write into it
-    return (*shaped, *more), stored, rows, t, a
+def _more(s: Siblings, written: Sequence[Tensor | None]) -> Sequence[Any]:
+    """The region's results besides x."""
+    return written[1 : s.plan.results] if s.plan is not None else ()
 
 
 class _Siblings(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, s: Siblings, *tensors: Tensor) -> tuple[Tensor, ...]:
-        results, stored, rows, t, a = _forward(s, tensors)
-        ctx.s, ctx.stored, ctx.lead = s, len(stored), results[0].shape[:-1]
+        made = siblings_op.forward(s, tensors)
+        results = (*made.ys, *_more(s, made.written))
+        ctx.s, ctx.shape = s, tensors[0].shape
         ctx.set_materialize_grads(False)                                  # no gradient of y, none of W: not zeros
         ctx.mark_non_differentiable(*[results[k] for k in s.constant[tensors[0].requires_grad]])
         ctx.like = rowwise_op.likes(results)
-        kept = [tensors[k] for k in s.kept] if s.plan is not None else [rows]
-        ctx.save_for_backward(*kept, *stored, t, a, *(tensors[k] for k in s.base))
-        ctx.shape = tensors[0].shape
+        kept = [tensors[k] for k in s.kept] if s.plan is not None else [_rows(tensors[0])]
+        ctx.save_for_backward(*kept, *(made.written[k] for k in s.held), made.t, made.a, *(tensors[k] for k in s.base))
         ctx.tables = {} if s.plan is None else rowwise_op.tables(s.plan, tensors)
         return results
 
@@ -160,35 +71,21 @@ class _Siblings(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *given: Tensor | None) -> tuple[Tensor | None, ...]:
         s: Siblings = ctx.s
-        count = len(s.linears)
+        saved, count, held = ctx.saved_tensors, len(s.kept), len(s.kept) + len(s.held)     # read once: a checkpoint gives them out once
+        kept, stored, (t, a, *base) = saved[:count], saved[count:held], saved[held:]
         gradients = rowwise_op.filled(given, ctx.like)
         reached = [g is not None for m, g in zip(s.linears, given) for _ in m.operands]
-        saved, held = ctx.saved_tensors, len(s.kept) + ctx.stored            # read once: a checkpoint gives them out once
-        kept, (t, a, *base) = saved[:held], saved[held:]
-        gs = [_rows(g) for g in gradients[:count]]
+        dx, region, own = siblings_op.backward(s, kept, stored, t, a, base, gradients, ctx.needs_input_grad[1])
         found: list[Tensor | None] = [None] * (s.reads + 1)
-        with _without_autocast(gs[0].device):
-            dx, u, db = s.code.towards(*gs, *base, a, t, s.plan is not None or ctx.needs_input_grad[1])
-            if s.plan is None:
-                x, found[1] = kept[0], None if dx is None else dx.view(ctx.shape)
-            else:
-                cut = rowwise_op.unreached(s.plan, [dx if any(reached) else None, *given[count:]])
-                x = _region_backward(ctx, s, kept, [dx.view(*ctx.lead, dx.shape[1]), *gradients[count:]], cut, found)
-            own = s.code.weights(*gs, x, u, db)
+        if s.plan is None:
+            found[1] = None if dx is None else dx.view(ctx.shape)
+        else:
+            assert dx is not None
+            more = given[len(s.linears) :]
+            cut = rowwise_op.unreached(s.plan, [dx if any(reached) else None, *more])
+            towards = [shaped_like(dx, gradients[0]), *gradients[len(s.linears) :]]
+            for operand, which in zip(s.plan.wrt, s.plan.targets):
+                if ctx.needs_input_grad[operand + 1] and operand not in cut:
+                    value = region[which] if which >= 0 else towards[-1 - which]
+                    found[operand + 1] = rowwise_op.whole_gradient(s.plan, operand, value, kept, ctx.tables)
         return (*found, *(g if r else None for g, r in zip(own, reached)))
-
-
-def _region_backward(
-    ctx: Any, s: Siblings, kept: Sequence[Tensor], gradients: Sequence[Tensor], cut: Collection[int], found: list[Tensor | None]
-) -> Tensor:
-    """Fills ``found`` with the gradients of the region's operands but those that are ``cut`` off; x made again, as rows."""
-    plan, again = s.plan, s.again
-    assert plan is not None and again is not None
-    held = len(plan.saved_operands)
-    operands, more, stored = kept[:held], kept[held : len(s.kept)], kept[len(s.kept) :]
-    *made, x = launcher(again.backward)([*operands, *stored, *gradients, *more])
-    for operand, which in zip(plan.wrt, plan.targets):
-        if ctx.needs_input_grad[operand + 1] and operand not in cut:
-            value = made[which] if which >= 0 else gradients[-1 - which]
-            found[operand + 1] = rowwise_op.whole_gradient(plan, operand, value, operands, ctx.tables)
-    return _rows(x)

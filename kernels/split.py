@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .devices import available
 from .direct import Direct
+from .tracing import traced
 
 BLOCK = 1024
 KEPT = 256
@@ -21,7 +22,7 @@ def parts(v: Tensor, low: torch.dtype, count: int, dim: int) -> Tensor:
 
     Three parts of bf16 hold all 24 bits of an fp32, two all but 2^-17. One launch where the device has Triton.
     """
-    if v.dtype is torch.float32 and available(v.device) and v.numel():
+    if v.dtype is torch.float32 and not traced(v) and available(v.device) and v.numel():
         return _launched(v, low, count, dim)
     found = []
     for _ in range(count):

@@ -9,10 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from contract import Errors, cast, compare, run
-from slothc.kernels import joined, siblings, summed
+from slothc.kernels import joined, siblings, siblings_op, summed
 from slothc.kernels.products import native
+from slothc.kernels.siblings_block import Siblings
 from slothc.kernels.siblings_program import Linear, stacked
 from torch import Tensor
+from torch._functorch.aot_autograd import aot_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from slothc.capture import region_of
@@ -80,6 +82,51 @@ def test_contract(name: str, count: int, dtype: torch.dtype, rows: tuple[int, ..
     eager = frozen(whole, operands)
     arguments = lambda: cast(draw(operands, count, rows), dtype, DEVICE)  # noqa: E731
     errors.over(lambda: compare(errors, lambda a, g: run(ours, a, g).values, eager, arguments()))
+
+
+def everything(f: Callable[..., tuple[Tensor, ...]], given: Sequence[Tensor]) -> list[Tensor]:
+    """Results and gradients of the operands that have one."""
+    results = f(*given)
+    total = sum((r.float() * torch.linspace(0, 1, r.numel(), device=r.device).view(r.shape)).sum() for r in results if r.requires_grad)
+    found = torch.autograd.grad(total, [t for t in given if t.requires_grad], allow_unused=True)
+    return [*results, *(g for g in found if g is not None)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["given", "gated", "norm of a sum that goes on"])
+@pytest.mark.parametrize("needed", [True, False], ids=["needed", "unneeded"])
+def test_a_tracer_sees_one_operation_for_each_pass(name: str, dtype: torch.dtype, needed: bool) -> None:
+    """What it then runs is the same to the bit."""
+    region, operands, _ = forms(1)[name]
+    plan = region_of(region, cast(draw(operands, 0), dtype, DEVICE), dtype).plan if region else None
+    call, seen = siblings.call(plan, MIXED, needed), []
+    given = [t.requires_grad_() for t in cast(draw(operands, 0), dtype, DEVICE)]
+    for m in MIXED:
+        sizes = {"W": (24, 32), "A": (m.rank, 32), "B": (24, m.rank), "b": (24,)}
+        given += [torch.randn(sizes[n], device=DEVICE).to(dtype).requires_grad_(n in m.wanted) for n in m.operands]
+
+    def keep(graph: torch.fx.GraphModule, _: Any) -> torch.fx.GraphModule:
+        seen.append([str(n.target) for n in graph.graph.nodes if "siblings" in str(n.target)])
+        return graph
+
+    one, two = everything(call, given), everything(aot_function(call, keep), given)
+    skip = 0 if needed else len(MIXED)                 # what the y_i hold is undefined then
+    assert len(one) == len(two) and all(torch.equal(a, b) for a, b in zip(one[skip:], two[skip:]))
+    assert seen == [["sloth.siblings.default"], ["sloth.siblings_backward.default"]]
+
+
+def test_what_a_tracer_is_told_is_so() -> None:
+    plan = region_of(added_norm, cast(draw(2, 0), torch.float32, DEVICE), torch.float32).plan
+    for region, operands in ((None, 1), (plan, 2)):
+        s = Siblings(region, tuple(adapted(3)))
+        siblings_op.BLOCKS[s.key] = s
+        given = cast(draw(operands, 3), torch.float32, DEVICE)
+        torch.library.opcheck(torch.ops.sloth.siblings.default, (given, s.key))
+        made = siblings_op.forward(s, given)
+        kept = [given[k] for k in s.kept] if region else [given[0].reshape(-1, 32)]
+        results = [*made.ys, *made.written[1:2]]
+        rest = ([made.written[k] for k in s.held], [made.t, made.a], [given[k] for k in s.base], [torch.randn_like(y) for y in results])
+        torch.library.opcheck(torch.ops.sloth.siblings_backward.default, (kept, *rest, True, s.key))
 
 
 MIXED = (

@@ -11,7 +11,7 @@ import pytest
 import tiny_models as tm
 import torch
 from processor import NATIVE_BF16
-from slothc.kernels import siblings
+from slothc.kernels import siblings_block
 
 import slothc.backend
 from slothc import rewrite as rewriting
@@ -131,8 +131,8 @@ def test_a_block_whose_region_takes_only_the_shape_of_a_tensor(monkeypatch: pyte
 
 def test_a_block_that_fails_its_check_falls_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its members are used one by one, with a warning that names them."""
-    true = siblings._forward
-    monkeypatch.setattr(siblings, "_forward", lambda s, t: (tuple(y * 1.01 for y in true(s, t)[0]), *true(s, t)[1:]))
+    true = siblings_block.forward
+    monkeypatch.setattr(siblings_block, "forward", lambda s, t: true(s, t)._replace(ys=[y * 1.01 for y in true(s, t).ys]))
     monkeypatch.setattr(rewriting, "_verdicts", {})
     monkeypatch.setattr(rewriting, "_warned", set())
     model = tm.model("llama", lora=True)
