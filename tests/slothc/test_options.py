@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +11,6 @@ from typing import Any
 import pytest
 import tiny_models as tm
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 import slothc
 from slothc import catalogue
@@ -74,33 +71,6 @@ def test_options_may_come_as_keywords_of_the_backend() -> None:
     with tm.watched() as graphs:
         tm.step(owner, compiled, **inputs)
     assert "rope" not in tm.counted(graphs)
-
-
-class Block(nn.Module):
-    """A norm, two linears and an activation with a residual."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.norm, self.up, self.down = nn.RMSNorm(32), nn.Linear(32, 64), nn.Linear(64, 32)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.down(F.gelu(self.up(self.norm(x))))
-
-
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="Inductor's CPU code needs a C++ compiler")
-def test_the_rest_with_inductor() -> None:
-    block, x = Block(), torch.randn(3, 5, 32)
-
-    def step(f: Any) -> list[torch.Tensor]:
-        y = x.clone().requires_grad_()
-        z = f(y)
-        return [z.detach(), *torch.autograd.grad(z.square().sum(), [y, *block.parameters()])]
-
-    for _ in range(2):
-        ours = step(torch.compile(block, backend="sloth", options={"rest": "inductor"}))
-        for a, b in zip(ours, step(block)):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 LOOKUP = """
