@@ -81,8 +81,7 @@ def attention(
     """
     causal = kind.name == "causal"
     mask = None if kind.plain else mask
-    q, k, v = _autocast(q, k, v)
-    if enable_gqa and not _fused(q, k, v, mask, dropout_p, causal, scale):
+    if enable_gqa and not _fused(*_autocast(q, k, v), mask, dropout_p, causal, scale):
         n = q.shape[1] // k.shape[1]
         k, v, enable_gqa = repeat_heads(k, n), repeat_heads(v, n), False
     return F.scaled_dot_product_attention(
