@@ -3,7 +3,7 @@
     y = fp32(x W') + fp32(s (x A') B')        y = fp32(x W' + s (x A') B')
 
 Beside hidden states in fp32 (PEFT's ``prepare_model_for_kbit_training``) the library widens its product, and PEFT adds to that what
-autocast computed in 16 bits. Both terms are rounded then: their sum in one accumulator, rounded once, is as near to the truth, so the rule
+autocast computed in 16 bits, widened by a cast on a CPU and by the sum on a GPU. Both terms are rounded then: their sum in one accumulator, rounded once, is as near to the truth, so the rule
 for adapted linears may have it. Where it does not take it, the sum in fp32 has its place again (``restore``): two roundings more are
 nobody's wish.
 """
@@ -77,11 +77,13 @@ def _narrowed(view: GraphView, node: fx.Node) -> fx.Node | None:
 
 
 def _widened(view: GraphView, node: Any) -> fx.Node | None:
-    """The value in 16 bits behind copies and the cast that widened it; of a sum made here, the sum."""
+    """The value in 16 bits behind copies and the cast that widened it, or that the sum itself widens; of a sum made here, the sum."""
     while isinstance(node, fx.Node):
         if SUM in node.meta:
             return node.meta[SUM][0]
         op = view.op(node)
+        if view.example(node) is not None and view.dtype(node) in LOW:
+            return node
         if op.kind == "cast" and view.dtype(op.args[0]) in LOW:
             return op.args[0]
         if op.kind not in ("identity", "cast"):

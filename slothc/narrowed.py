@@ -1,18 +1,22 @@
-"""What autocast narrows for an adapter, written out.
+"""What autocast narrows for an adapter and for attention, written out.
 
-    T = linear(h, A)        h' = h.to(bf16);  T = linear(h', A.to(bf16))
+    T = linear(h, A)            h' = h.to(bf16);  T = linear(h', A.to(bf16))
+    O = attention(q, k, v)      O = attention(q.to(bf16), k.to(bf16), v.to(bf16))
 
-with h or A in fp32 and T in 16 bits: the same numbers, as autocast does just that. The adapter then reads what its base reads, in one
-dtype, and linears that read one value are a block as they are without autocast.
+with operands in fp32 and results in 16 bits: the same numbers, as autocast does just that. The adapter then reads what its base reads, in
+one dtype, and linears that read one value are a block as they are without autocast; a region that ends in q writes it in 16 bits.
 """
 
 from __future__ import annotations
+
+from typing import cast
 
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from slothc.kernels.products import LOW
+from slothc.patterns import heads, mask
 from slothc.patterns.lora_linear import Base, Branch, adapted
 
 from .view import GraphView
@@ -28,6 +32,8 @@ def narrowed(view: GraphView) -> bool:
         for branch in (b for b in branches if not _drops(view, b)):
             changed |= _adapter(view, casts, branch)
             _base(view, casts, base, branch)
+    for node in view.nodes:
+        changed |= view.alive(node) and view.op(node).kind == "sdpa" and _attention(view, casts, node)
     return changed
 
 
@@ -91,6 +97,16 @@ def _base(view: GraphView, casts: _Casts, base: Base, branch: Branch) -> None:
         shared = casts.made.get((view.op(x).args[0], dtype))
         if shared is not None and branch.down.args[0] is shared:
             base.linear.replace_input_with(x, shared)
+
+
+def _attention(view: GraphView, casts: _Casts, node: fx.Node) -> bool:
+    """Its operands; whether anything was narrowed. Repeated heads are not: the gradients of those that read one are summed in fp32."""
+    dtype, facts, changed = view.dtype(node), cast(mask.Facts, view), False
+    for t in view.op(node).args[:3] if dtype in LOW else ():
+        if view.dtype(t) is torch.float32 and not view.mutated(t) and heads.repeated(facts, t) is None:
+            node.replace_input_with(t, casts.of(t, dtype))
+            changed = True
+    return changed
 
 
 def _plain(view: GraphView, linear: fx.Node) -> bool:

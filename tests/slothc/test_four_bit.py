@@ -152,13 +152,25 @@ def prepared(checkpoints: bool = False, dropout: float = 0.0, **config: Any) -> 
     return made.train()
 
 
-@pytest.mark.parametrize("checkpoints", [False, True], ids=["", "checkpoints"])
-def test_hidden_states_in_fp32_under_autocast(checkpoints: bool) -> None:
+@contextmanager
+def autocast(as_on_a_gpu: bool = False) -> Iterator[None]:
+    """``as_on_a_gpu``: PEFT asks for a GPU's autocast, and where that is on it leaves widening to the sum."""
+    before = torch.is_autocast_enabled("cuda")
+    torch.set_autocast_enabled("cuda", as_on_a_gpu)
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            yield
+    finally:
+        torch.set_autocast_enabled("cuda", before)
+
+
+@pytest.mark.parametrize("checkpoints, as_on_a_gpu", [(False, False), (True, False), (False, True)], ids=["", "checkpoints", "as on a GPU"])
+def test_hidden_states_in_fp32_under_autocast(checkpoints: bool, as_on_a_gpu: bool) -> None:
     """All adapters are summed with their bases before rounding, though each is widened by itself in the model."""
     model = prepared(checkpoints)
 
     def cast(run: Any, **inputs: Any) -> tm.Step:
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast(as_on_a_gpu):
             return tm.step(model, run, **inputs)
 
     with tm.watched() as graphs:
@@ -169,7 +181,7 @@ def test_hidden_states_in_fp32_under_autocast(checkpoints: bool) -> None:
         ))  # fmt: skip
     mean = lambda found: (sum(tm.distance(f, t) ** 2 for f, t in zip(found, true)) / len(true)) ** 0.5  # noqa: E731
     assert mean(ours) <= 1.10 * mean(eager) + tm.TINY[torch.bfloat16]
-    assert tm.counted(graphs)["lora_linear"] == 14 and not any(g.dropped for g in graphs)
+    assert tm.counted(graphs)["lora_linear"] == 14 and tm.counted(graphs)["attention"] == 2 and not any(g.dropped for g in graphs)
 
 
 def test_a_dropout_under_autocast() -> None:
