@@ -27,14 +27,15 @@ COLOURS = {"ok": "green", "off": "red", "crash": "red", "timeout": "red"}
 @click.argument("names", nargs=-1)
 @click.option("--all", "everything", is_flag=True, help="Every model type that transformers has a causal LM for.")
 @click.option("--peft", type=click.Choice(["lora"]), help="Add adapters to every linear layer.")
-@click.option("--dtype", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True, help="Of the models' weights.")
+@click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True, help="Of the models' weights.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="That the models run on.")
 @click.option("--jobs", type=click.IntRange(min=1), default=2, show_default=True, help="Side processes at a time.")
 @click.option("--timeout", type=click.FloatRange(min=1), default=300, show_default=True, help="Seconds for one model.")
 @click.option("--resume", is_flag=True, help="Keep the models that the --json file has, if settings and versions are the same.")
 @click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write everything measured here.")
 @click.option("--html", "html_path", type=click.Path(dir_okay=False, path_type=Path), help="Write the report as one page here.")
-def coverage(names: tuple[str, ...], everything: bool, peft: str | None, dtype: str, jobs: int, timeout: float,
-             resume: bool, json_path: Path | None, html_path: Path | None) -> None:
+def coverage(names: tuple[str, ...], everything: bool, peft: str | None, dtype: str, device: str, jobs: int,
+             timeout: float, resume: bool, json_path: Path | None, html_path: Path | None) -> None:
     """Measure many models: what is found, what is missed and why, errors against float64, compile time.
 
     NAMES are model types of transformers such as llama or qwen3; each is built tiny, with random weights, in a side process. Exits
@@ -45,11 +46,13 @@ def coverage(names: tuple[str, ...], everything: bool, peft: str | None, dtype: 
     for path in (json_path, html_path):
         if path and not path.absolute().parent.is_dir():
             raise click.BadParameter(f"the directory of {str(path)!r} does not exist")
+    if device == "cuda" and not _has_cuda():
+        raise click.BadParameter("PyTorch sees no CUDA device here", param_hint="--device")
     if resume and json_path is None:
         raise click.UsageError("--resume needs --json, the file that it goes on with")
-    settings = {"peft": peft, "dtype": dtype}
+    settings = {"peft": peft, "dtype": dtype, "device": device}
     old = {r["name"]: r for r in measured(json_path, settings)} if resume and json_path else {}
-    found = _watched([n for n in chosen if n not in old], peft, dtype, jobs, timeout)
+    found = _watched([n for n in chosen if n not in old], jobs, timeout, settings)
     rows = [r for n in chosen if (r := found.get(n) or old.get(n))]
     console = Console(width=None if sys.stdout.isatty() else 180)
     if rows:
@@ -61,6 +64,12 @@ def coverage(names: tuple[str, ...], everything: bool, peft: str | None, dtype: 
         raise SystemExit(INTERRUPTED)
     if failed(rows):
         raise SystemExit(1)
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _write(whole: dict[str, Any], json_path: Path | None, html_path: Path | None) -> None:
@@ -87,7 +96,7 @@ def _chosen(names: Sequence[str], everything: bool) -> list[str]:
     return known if everything else list(dict.fromkeys(names))
 
 
-def _watched(names: Sequence[str], peft: str | None, dtype: str, jobs: int, timeout: float) -> dict[str, Row]:
+def _watched(names: Sequence[str], jobs: int, timeout: float, settings: dict[str, Any]) -> dict[str, Row]:
     """Name -> row, under a progress bar (lines where there is no terminal); fewer than ``names`` after Ctrl-C or a SIGTERM."""
     console = Console(stderr=True)
     text = (TextColumn("{task.description:<24}"), TextColumn("{task.fields[bad]}"))
@@ -105,7 +114,7 @@ def _watched(names: Sequence[str], peft: str | None, dtype: str, jobs: int, time
 
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
-            survey(names, peft, dtype, jobs, timeout, advance)
+            survey(names, jobs=jobs, timeout=timeout, progress=advance, **settings)
         except KeyboardInterrupt:
             pass
         finally:

@@ -3,9 +3,9 @@
     y = fp32(x W') + fp32(s (x A') B')        y = fp32(x W' + s (x A') B')
 
 Beside hidden states in fp32 (PEFT's ``prepare_model_for_kbit_training``) the library widens its product, and PEFT adds to that what
-autocast computed in 16 bits, widened by a cast on a CPU and by the sum on a GPU. Both terms are rounded then: their sum in one accumulator, rounded once, is as near to the truth, so the rule
-for adapted linears may have it. Where it does not take it, the sum in fp32 has its place again (``restore``): two roundings more are
-nobody's wish.
+autocast computed in 16 bits, widened by a cast on a CPU and by the sum on a GPU. Both terms are rounded then: their sum in one
+accumulator, rounded once, is as near to the truth, so the rule for adapted linears may have it. Where it does not take it, the sum in fp32
+has its place again (``restore``): two roundings more are nobody's wish.
 """
 
 from __future__ import annotations

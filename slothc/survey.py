@@ -123,7 +123,7 @@ def _read(process: subprocess.Popen[str], lines: queue.Queue[str | None]) -> Non
 
 def survey(
     names: Sequence[str], peft: str | None = None, dtype: str = "fp32", jobs: int = 2, timeout: float = 300.0,
-    progress: Callable[[Row], None] = lambda _: None, command: Sequence[str] = CHILD,
+    progress: Callable[[Row], None] = lambda _: None, command: Sequence[str] = CHILD, device: str = "cpu",
 ) -> list[Row]:
     """One row for each name, in the order of ``names``; ``jobs`` side processes at a time. ``progress`` is called with each row as it
     comes, from the thread that waited for it: after a KeyboardInterrupt, those are the rows there are."""
@@ -140,7 +140,7 @@ def survey(
                 name = waiting.get_nowait()
             except queue.Empty:
                 break
-            row = worker.measure({"name": name, "peft": peft, "dtype": dtype}, timeout)
+            row = worker.measure({"name": name, "peft": peft, "dtype": dtype, "device": device}, timeout)
             if over.is_set():
                 break
             rows[name] = row

@@ -1,8 +1,8 @@
 """One side process of ``slothc coverage``: measures the models it is asked for, one after the other.
 
-Jobs come in as lines of JSON on standard input, ``{"name", "peft", "dtype"}``. What goes out, one line of JSON each: ``{"stage"}`` as a
-measurement enters a stage, so that whoever reads knows where a process died, and ``{"row"}`` when it is done. Whatever a model prints
-goes to standard error.
+Jobs come in as lines of JSON on standard input, ``{"name", "peft", "dtype", "device"}``. What goes out, one line of JSON each:
+``{"stage"}`` as a measurement enters a stage, so that whoever reads knows where a process died, and ``{"row"}`` when it is done. Whatever
+a model prints goes to standard error.
 """
 
 from __future__ import annotations
@@ -26,13 +26,15 @@ from .survey_judge import Values, brief, judge, step, truth_of
 from .tiny import causal_class, tiny_config
 
 DRAWS, MORE, BATCH, LENGTH = 5, 20, 2, 16
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 Stage = Callable[[str], None]
 
 
-def measure(name: str, peft: str | None, dtype: str, stage: Stage = lambda _: None, report: bool = True) -> dict[str, Any]:
-    """The row of model type ``name``: ``status``, and as much of the rest as could be measured.
+def measure(
+    name: str, peft: str | None, dtype: str, stage: Stage = lambda _: None, report: bool = True, device: str = "cpu"
+) -> dict[str, Any]:
+    """The row of model type ``name``, which runs on ``device``: ``status``, and as much of the rest as could be measured.
 
     Statuses: ``ok``; ``off`` (runs, and breaks the contract); ``crash`` (runs in eager, raises under sloth); ``no capture`` (raises under
     a backend that does nothing too); ``eager fails``; ``not built``. ``reason`` says more. Without ``report`` what was found is left out,
@@ -47,7 +49,7 @@ def measure(name: str, peft: str | None, dtype: str, stage: Stage = lambda _: No
         stage(text)
 
     try:
-        _measure(row, enter, peft, DTYPES[dtype], report)
+        _measure(row, enter, peft, DTYPES[dtype], report, torch.device(device))
     except Exception as error:
         row |= {"status": FAILED[at], "reason": brief(error)}
     return row
@@ -57,9 +59,9 @@ FAILED = {"build": "not built", "eager": "eager fails", "do-nothing backend": "n
           "truth": "no truth"}  # fmt: skip
 
 
-def _measure(row: dict[str, Any], enter: Stage, peft: str | None, dtype: torch.dtype, report: bool) -> None:
+def _measure(row: dict[str, Any], enter: Stage, peft: str | None, dtype: torch.dtype, report: bool, device: torch.device) -> None:
     enter("build")
-    model = build(row["name"], peft, dtype)
+    model = build(row["name"], peft, dtype).to(device)
     draws = [inputs(model, seed) for seed in range(DRAWS)]
     fresh = copy.deepcopy(model)
     enter("eager")
@@ -160,7 +162,7 @@ def inputs(model: Any, seed: int, batch: int = BATCH, length: int = LENGTH) -> d
     if model.config.model_type == "git":
         size = model.config.vision_config.image_size
         given["pixel_values"] = torch.randn(batch, 3, size, size, generator=made).to(model.dtype)
-    return given
+    return {name: t.to(model.device) for name, t in given.items()}
 
 
 def _capture_time(model: nn.Module, backend: str, given: dict[str, Any]) -> tuple[float, int]:
