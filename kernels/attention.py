@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
+
+from .sdpa import sdpa
 
 BLOCK = 1 << 24  # elements compared at a time: the comparison never holds a second mask
 MASKED = -1e30  # an additive mask of this or less is exactly zero after the softmax of any row that has a finite score
@@ -84,9 +85,7 @@ def attention(
     if enable_gqa and not _fused(*_autocast(q, k, v), mask, dropout_p, causal, scale):
         n = q.shape[1] // k.shape[1]
         k, v, enable_gqa = repeat_heads(k, n), repeat_heads(v, n), False
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=causal, scale=scale, enable_gqa=enable_gqa
-    )
+    return sdpa(q, k, v, mask, dropout_p, causal, scale=scale, enable_gqa=enable_gqa)
 
 
 def additive(steps: Steps, parts: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
@@ -166,13 +165,14 @@ def _blocks(mask: torch.Tensor) -> list[tuple[torch.Tensor, int]]:
     return [(mask[..., i : i + step, :], i) for i in range(0, mask.shape[-2], step)]
 
 
-def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _autocast(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The casts that SDPA makes under autocast, so that the choice of a kernel sees the dtypes it will run on."""
-    device = tensors[0].device.type
+    device = q.device.type
     if not torch.is_autocast_enabled(device):
-        return tensors
+        return q, k, v
     dtype = torch.get_autocast_dtype(device)
-    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+    q, k, v = (t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in (q, k, v))
+    return q, k, v
 
 
 def _fused(

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from slothc.kernels import rowwise_op
+from slothc.kernels.sdpa import sdpa
 from slothc.patterns.rule import Match, Miss
 
 from . import bind
@@ -254,6 +255,7 @@ class _Splice:
                 self.region(item)
             for r in (held(self.view, r) for r in found):
                 self.replace(r.node, r.target, r.args, dict(r.kwargs))
+        self._attention()
         restore_sums(self.graph)
         restore_four_bit(self.graph)
         for node in reversed(self.graph.nodes):
@@ -276,6 +278,12 @@ class _Splice:
         node.replace_all_uses_with(made)
         self.new[node] = made
         self.made.add(made)
+
+    def _attention(self) -> None:
+        """What is left of attention keeps apart from the library's plans: what is around it may lay out gradients as eager does not."""
+        for node in self.view.nodes:
+            if node not in self.new and node.op == "call_function" and self.view.op(node).kind == "sdpa":
+                node.target = sdpa
 
     def region(self, region: Region) -> None:
         results, call = region.cone.results, rowwise_op.call(region.plan)

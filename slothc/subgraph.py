@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from slothc.kernels.sdpa import sdpa
+
 from .view import GraphView
 
 
@@ -17,7 +19,8 @@ def extract(
 ) -> Callable[..., tuple[Any, ...]]:
     """A function of the values of ``inputs`` that runs ``nodes`` and returns the values of ``results``.
 
-    ``resize`` replaces sizes written into the nodes' arguments, so that the same nodes run on smaller tensors.
+    ``resize`` replaces sizes written into the nodes' arguments, so that the same nodes run on smaller tensors. Attention runs apart from
+    the library's plans (``kernels.sdpa``): gradients drawn for a trial leave none behind.
     """
     wanted = set(nodes)
     graph = fx.Graph()
@@ -25,6 +28,8 @@ def extract(
     for node in view.nodes:
         if node in wanted:
             copies[node] = graph.node_copy(node, lambda n: copies[n])
+            if view.op(node).kind == "sdpa":
+                copies[node].target = sdpa
             if resize:
                 copies[node].args = fx.map_arg(_resized(copies[node].args, resize), lambda n: n)
     graph.output(tuple(copies[r] for r in results))

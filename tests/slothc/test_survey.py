@@ -46,7 +46,7 @@ fake = Path(__file__).with_name("fake.py")
 fake.write_text({fake!r})
 cli_coverage._chosen = lambda *_: {names!r}
 measure = survey.survey
-cli_coverage.survey = lambda *a: measure(*a, command=(sys.executable, str(fake)))
+cli_coverage.survey = lambda *a, **k: measure(*a, **k, command=(sys.executable, str(fake)))
 cli_coverage.coverage(["--all", *sys.argv[1:]])
 """
 
@@ -145,7 +145,7 @@ def test_an_exception_under_sloth_is_a_crash(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_failure_is_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"name": "llama", "status": "crash", "reason": "RuntimeError: [no] luck" + " at all" * 50, "graphs": 7, "coverage": 0.5}]
-    monkeypatch.setattr(cli_coverage, "survey", lambda *a: a[-1](rows[0]))
+    monkeypatch.setattr(cli_coverage, "survey", lambda names, progress, **settings: progress(rows[0]))
     result = invoke("llama")
     assert result.exit_code == 1
     assert "[no] luck" in result.output and "crash: llama" in result.output
@@ -193,7 +193,7 @@ def test_what_was_measured_before_an_interruption_is_written(tmp_path: Path, sto
 def test_resume_measures_only_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: list[list[str]] = []
 
-    def measure(names: list[str], peft: Any, dtype: str, jobs: int, timeout: float, progress: Any) -> None:
+    def measure(names: list[str], progress: Any, **settings: Any) -> None:
         asked.append(list(names))
         for name in names:
             progress({"name": name, "status": "ok", "reason": "", "coverage": 0.5 + 0.1 * len(asked)})
@@ -229,6 +229,7 @@ def test_more_draws_decide(monkeypatch: pytest.MonkeyPatch) -> None:
     (("lama",), "unknown model type 'lama'; did you mean llama"), (("zzzzzz",), "known are"), ((), "--all"),
     (("llama", "--all"), "--all alone"), (("llama", "--dtype", "int8"), "'fp32', 'bf16'"), (("llama", "--jobs", "0"), "jobs"),
     (("llama", "--json", "no/such/folder/c.json"), "does not exist"),
+    pytest.param(("llama", "--device", "cuda"), "no CUDA device", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")),
 ])  # fmt: skip
 def test_wrong_usage_is_exit_code_2(arguments: tuple[str, ...], words: str) -> None:
     result = invoke(*arguments)
