@@ -81,10 +81,15 @@ class Growth:
             waiting.remove(node)
             inside = all(u in cone for u in self.view.users(node))
             free = node not in self.barred and self.view.grad_enabled(node) == mode and self.liftable(node)
-            if inside and free and len(cone) < LARGEST and self.steady(node, sink):
+            if inside and free and len(cone) < LARGEST and self.steady(node, sink) and self._beside(node, sink):
                 cone.add(node)
                 waiting.update(n for n in node.all_input_nodes if n not in cone)
         return Cone(frozenset(cone), (sink,))
+
+    def _beside(self, node: fx.Node, sink: fx.Node) -> bool:
+        """Whether both are on one device, or the node is a number: what is computed on the CPU for a tensor that is not stays there."""
+        values = [v[0] if isinstance(v, tuple | list) else v for v in map(self.view.example, (node, sink))]
+        return values[0].device == values[1].device or (self.view.op(node).kind == "full" and not values[0].dim())
 
     def steady(self, node: fx.Node, place: fx.Node) -> bool:
         """Whether what ``node`` reads is the same where ``place`` stands: nothing it reads is written to in place in between."""

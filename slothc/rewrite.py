@@ -175,7 +175,8 @@ def _block_job(view: GraphView, block: Block) -> _Job:
     given = list(dict.fromkeys((*block.operands, *(leaves(block.region.cone) if block.region else ()))))
     place = [given.index(n) for n in block.operands]
     nodes = {n for r in block.results for n in _between(r, given.__contains__)}
-    call, device = block.call(), view.value(block.x).device
+    device = view.value(block.x).device
+    call = _moving(view, block.call(), block.operands, device)
     text = " ".join(f"{_widths(view, n)}{view.value(n).dtype}{view.needs_grad(n)}" for n in block.operands)
     key = f"{block.rule} {block.region.plan.key if block.region else ''} {block.linears} {text} {device}"
     return _Job(key, device, list(nodes), given, block.results, lambda *values: call(*(values[k] for k in place)))
@@ -184,12 +185,24 @@ def _block_job(view: GraphView, block: Block) -> _Job:
 def _region_job(view: GraphView, region: Region) -> _Job:
     inputs = leaves(region.cone)
     place = [inputs.index(n) for n in region.operands]
-    call = rowwise_op.call(region.plan)
     device = view.value(region.cone.sink).device
+    call = _moving(view, rowwise_op.call(region.plan), region.operands, device)
     return _Job(
         f"{region.plan.key} {device}", device, list(region.cone.nodes), inputs, region.cone.results,
         lambda *values: call(*(values[k] for k in place)),
     )  # fmt: skip
+
+
+def _moving(view: GraphView, call: Callable[..., Any], operands: tuple[fx.Node, ...], device: torch.device) -> Callable[..., Any]:
+    """``call``, given what is elsewhere on ``device``."""
+    away = {k for k, n in enumerate(operands) if elsewhere(view, n, device)}
+    return (lambda *values: call(*(v.to(device) if k in away else v for k, v in enumerate(values)))) if away else call
+
+
+def elsewhere(view: GraphView, node: fx.Node, device: torch.device) -> bool:
+    """Whether the node's value is a tensor on another device: one without dimensions on the CPU, which PyTorch's own operations take."""
+    value = view.example(node)
+    return isinstance(value, torch.Tensor) and value.device != device
 
 
 def _match_job(view: GraphView, match: Match) -> _Job | None:
@@ -249,7 +262,7 @@ class _Splice:
         alone = [i for i in result.used if i not in members]
         bound = [bind.calls(i) if isinstance(i, Match) else [] for i in alone]     # functions cut out of the graph as it still is
         for block in result.blocks:
-            self.calls(block.place, block.call(), block.operands, block.results)
+            self.calls(block.place, block.call(), self._here(block.operands, block.x, block.place), block.results)
         for item, found in zip(alone, bound):
             if isinstance(item, Region):
                 self.region(item)
@@ -287,10 +300,24 @@ class _Splice:
 
     def region(self, region: Region) -> None:
         results, call = region.cone.results, rowwise_op.call(region.plan)
+        place = results[-1]                                                # the first of its results: found.placeable
+        operands = self._here(region.operands, region.cone.sink, place)
         if len(results) == 1:
-            self.replace(results[0], call, region.operands, {})
-            return
-        self.calls(results[-1], call, region.operands, results)                # the first of its results: found.placeable
+            self.replace(place, call, operands, {})
+        else:
+            self.calls(place, call, operands, results)
+
+    def _here(self, operands: tuple[fx.Node, ...], like: fx.Node, place: fx.Node) -> tuple[fx.Node, ...]:
+        """The operands on the device that ``like`` is on, moved there before ``place`` where they are not."""
+        device = self.view.value(like).device
+        return tuple(self._moved(n, device, place) if elsewhere(self.view, n, device) else n for n in operands)
+
+    def _moved(self, node: fx.Node, device: torch.device, place: fx.Node) -> fx.Node:
+        with self.graph.inserting_before(place):
+            made = self.graph.call_method("to", (self._current(node), device))
+        made.meta = {k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack")}
+        self.made.add(made)
+        return made
 
     def calls(self, place: fx.Node, call: Callable[..., Any], operands: tuple[fx.Node, ...], results: tuple[fx.Node, ...]) -> None:
         """One call before ``place`` whose values take the places of ``results``."""

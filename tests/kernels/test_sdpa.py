@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from kept_plans import Plans, kept_plans
 from processor import DEVICE
-from slothc import survey_child
 from slothc.kernels import sdpa as module
 from slothc.kernels.sdpa import by_rows, sdpa
+
+from slothc import survey_child
 
 BATCH, HEADS, LENGTH, DIM = 2, 4, 64, 64
 

@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from processor import DEVICE
+from slothc.kernels import rowwise_op
 from torch import Tensor
 
 import slothc  # noqa: F401
@@ -55,3 +57,37 @@ def test_it_computes_what_eager_computes(function: Callable[[Tensor, Tensor], Te
             results.append((y.detach(), leaf.grad))
     for ours, eager in zip(*results):
         torch.testing.assert_close(ours, eager, rtol=2e-5, atol=2e-6)
+
+
+def test_numbers_on_the_cpu_beside_tensors_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's own operations take a CPU tensor without dimensions beside any other; a kernel reads it on its own device."""
+    def norm(x: Tensor, w: Tensor, g: Tensor) -> Tensor:
+        third = torch.tensor(1.0) / 3.0
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * w * g + third
+
+    def seen(plan: object) -> Callable[..., Tensor]:
+        def run(*operands: Tensor) -> Tensor:
+            places.append({t.device.type for t in operands})
+            return call(*operands)
+
+        call = ours(plan)  # type: ignore[arg-type]
+        return run
+
+    ours, places, elsewhere = rowwise_op.call, list[set[str]](), "cuda" if DEVICE == "cuda" else "meta"
+    monkeypatch.setattr(rowwise_op, "call", seen)
+    torch.manual_seed(0)
+    x, w, g = torch.randn(3, 7, 16), torch.randn(16), torch.tensor(1.5)
+    torch._dynamo.reset()
+    results = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RegionDropped)
+        for run in (torch.compile(norm, backend="sloth"), norm):
+            leaves = [t.clone().requires_grad_() for t in (x.to(elsewhere), w.to(elsewhere))]
+            number = g.clone().requires_grad_(elsewhere != "meta")         # there is no way back from meta
+            y = run(*leaves, number)
+            results.append([y, *torch.autograd.grad(y, leaves + [number] * number.requires_grad, torch.ones_like(y))])
+    assert places and all(p == {elsewhere} for p in places)
+    for a, b in zip(*results):
+        assert (a.shape, a.device) == (b.shape, b.device)
+        if elsewhere != "meta":
+            torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
