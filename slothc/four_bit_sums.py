@@ -58,7 +58,7 @@ def _narrowed(view: GraphView, node: fx.Node) -> fx.Node | None:
     op = view.op(node)
     if op.kind != "pointwise" or op.params.get("fn") != "add" or len(op.args) != 2 or not all(isinstance(a, fx.Node) for a in op.args):
         return None
-    if view.example(node) is None or view.dtype(node) is not torch.float32:
+    if not isinstance(view.example(node), torch.Tensor) or view.dtype(node) is not torch.float32:
         return None
     base, adapter = _widened(view, op.args[0]), _widened(view, op.args[1])
     if base is None or adapter is None or view.dtype(base) is not view.dtype(adapter) or not _of_four_bits(base):
@@ -82,7 +82,7 @@ def _widened(view: GraphView, node: Any) -> fx.Node | None:
         if SUM in node.meta:
             return node.meta[SUM][0]
         op = view.op(node)
-        if view.example(node) is not None and view.dtype(node) in LOW:
+        if isinstance(view.example(node), torch.Tensor) and view.dtype(node) in LOW:
             return node
         if op.kind == "cast" and view.dtype(op.args[0]) in LOW:
             return op.args[0]
