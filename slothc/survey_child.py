@@ -22,6 +22,7 @@ from torch import nn
 
 from .errors import RegionDropped
 from .explain import explain
+from .survey_choices import too_many, turned
 from .survey_judge import Values, brief, judge, step, truth_of
 from .tiny import causal_class, tiny_config
 
@@ -93,13 +94,28 @@ def _judged(
     true, said = truth_of(fresh, draws, eager, dtype)
     verdict = judge(true, eager, ours, dtype)
     if verdict["status"] == "off" and "errors" in verdict:
-        draws = [inputs(model, seed) for seed in range(DRAWS, DRAWS + MORE)]
-        more = [step(model, model, x, seed) for seed, x in enumerate(draws)]
-        true = eager if true is eager else true + truth_of(fresh, draws, more, dtype)[0]
-        eager += more
-        ours += [step(model, compiled, x, seed) for seed, x in enumerate(draws)]
-        verdict = judge(true, eager, ours, dtype)
+        verdict = _judged_over_more(model, fresh, compiled, dtype)
     return said | verdict
+
+
+def _judged_over_more(model: nn.Module, fresh: nn.Module, compiled: Callable[..., Any], dtype: torch.dtype) -> dict[str, Any]:
+    """The verdict over all draws; where they break the contract, over those in which nobody chose otherwise than the truth
+    (``survey_choices``), if no more of sloth's than of eager's did. ``turned`` says in how many somebody did."""
+    draws = [inputs(model, seed) for seed in range(DRAWS + MORE)]
+    made: dict[str, list[list[torch.Tensor]]] = {"eager": [], "sloth": [], "truth": []}
+    eager = [step(model, model, x, seed, made["eager"]) for seed, x in enumerate(draws)]
+    ours = [step(model, compiled, x, seed, made["sloth"]) for seed, x in enumerate(draws)]
+    true = truth_of(fresh, draws, eager, dtype, made["truth"])[0]
+    verdict = judge(true, eager, ours, dtype)
+    if verdict["status"] == "ok":
+        return verdict
+    theirs, mine = (turned(made[who], made["truth"] or made["eager"]) for who in ("eager", "sloth"))
+    kept = [k for k, (a, b) in enumerate(zip(theirs, mine)) if not a and not b]
+    said = {"turned": {"eager": sum(theirs), "sloth": sum(mine)}}
+    if len(kept) == len(draws) or len(kept) < DRAWS or too_many(sum(mine), sum(theirs)):
+        return verdict | said
+    left = [eager[k] for k in kept]
+    return judge(left if true is eager else [true[k] for k in kept], left, [ours[k] for k in kept], dtype) | said
 
 
 def build(name: str, peft: str | None, dtype: torch.dtype, **settings: Any) -> nn.Module:

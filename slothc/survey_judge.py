@@ -1,11 +1,11 @@
 """The numerical contract over a whole model: a step's loss and gradients, in eager and under sloth, held against float64.
 
-Truth is the same model in float64 from the same rounded parameters. Where it makes other decisions than the eager model in a draw (a
-router's choice of experts, which a rounding can turn), the two are different functions there and that draw says nothing about either.
+Truth is the same model in float64 from the same rounded parameters.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .check import SLACK, TINY
+from .survey_choices import Choices
 
 SINGLE = 1.5         # of eager's error, for one gradient by itself: two right roundings of few numbers differ by more than a tenth
 FAR = 1e-4           # from eager, in fp32, where there is no float64 to tell which of the two is wrong
@@ -28,12 +29,15 @@ def brief(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
-def step(owner: nn.Module, run: Callable[..., Any], given: dict[str, Any], seed: int) -> Values:
-    """``loss`` and the gradient of every parameter of ``owner`` that gets one."""
+def step(owner: nn.Module, run: Callable[..., Any], given: dict[str, Any], seed: int, choices: list[list[Tensor]] | None = None) -> Values:
+    """``loss`` and the gradient of every parameter of ``owner`` that gets one. ``choices`` gets what the step decided."""
     owner.zero_grad(set_to_none=True)
     torch.manual_seed(seed)
-    loss = run(**given).loss
-    loss.backward()
+    with contextlib.nullcontext() if choices is None else Choices() as seen:
+        loss = run(**given).loss
+        loss.backward()
+    if choices is not None and seen is not None:
+        choices.append(seen.made)
     found = {n: p.grad.detach().clone() for n, p in owner.named_parameters() if p.grad is not None}
     owner.zero_grad(set_to_none=True)
     return {"loss": loss.detach(), **found}
@@ -53,7 +57,7 @@ class Wide(TorchFunctionMode):
         return torch.float64 if isinstance(value, torch.dtype) and value in NARROW else value
 
 
-def truths(model: nn.Module, draws: list[dict[str, Any]]) -> list[Values]:
+def truths(model: nn.Module, draws: list[dict[str, Any]], choices: list[list[Tensor]] | None = None) -> list[Values]:
     """Every step in float64, from the same rounded parameters. Raises what float64 makes the model raise."""
     wide = copy.deepcopy(model).double()
     if hasattr(wide.config, "_experts_implementation"):
@@ -61,7 +65,7 @@ def truths(model: nn.Module, draws: list[dict[str, Any]]) -> list[Values]:
     torch.set_default_dtype(torch.float64)
     try:
         with Wide():
-            return [step(wide, wide, _cast(x, torch.float64), seed) for seed, x in enumerate(draws)]
+            return [step(wide, wide, _cast(x, torch.float64), seed, choices) for seed, x in enumerate(draws)]
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -70,16 +74,21 @@ def _cast(given: dict[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
     return {k: v.to(dtype) if v.is_floating_point() else v for k, v in given.items()}
 
 
-def truth_of(model: nn.Module, draws: list[dict[str, Any]], eager: list[Values], dtype: torch.dtype) -> tuple[list[Values], dict[str, Any]]:
-    """The true values of every step, and what the row says of them: why they are not float64's where the model has none."""
+def truth_of(
+    model: nn.Module, draws: list[dict[str, Any]], eager: list[Values], dtype: torch.dtype, choices: list[list[Tensor]] | None = None
+) -> tuple[list[Values], dict[str, Any]]:
+    """The true values of every step, and what the row says of them: why they are not float64's where the model has none. ``choices`` gets
+    what the true steps decided, nothing where truth is ``eager`` itself."""
     try:
-        return truths(model, draws), {"truth": "float64"}
+        return truths(model, draws, choices), {"truth": "float64"}
     except Exception as error:
         said = {"truth": "eager fp32", "no_truth": brief(error)}
+    if choices is not None:
+        choices.clear()
     if dtype == torch.float32:
         return eager, said
     plain = copy.deepcopy(model).float()
-    return [step(plain, plain, _cast(x, torch.float32), seed) for seed, x in enumerate(draws)], said
+    return [step(plain, plain, _cast(x, torch.float32), seed, choices) for seed, x in enumerate(draws)], said
 
 
 def judge(true: list[Values], eager: list[Values], ours: list[Values], dtype: torch.dtype) -> dict[str, Any]:

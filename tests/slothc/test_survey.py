@@ -16,7 +16,7 @@ import torch
 from click.testing import CliRunner
 from processor import DEVICE
 
-from slothc import cli_coverage, survey, survey_child, survey_judge
+from slothc import cli_coverage, survey, survey_child, survey_choices, survey_judge
 from slothc.cli_app import group
 from slothc.survey_page import MEANINGS, page
 
@@ -224,6 +224,39 @@ def test_more_draws_decide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(survey_child, "judge", off_over_five)
     row = survey_child.measure("llama", None, "fp32", report=False)
     assert (row["status"], row["draws"], judged) == ("ok", 25, [(5, 5, 5), (25, 25, 25)])
+
+
+@pytest.mark.parametrize(("mine", "status", "draws"), [(0, "off", 25), (2, "ok", 23), (4, "off", 25), (25, "off", 25)])
+def test_draws_in_which_a_choice_turned_say_nothing(monkeypatch: pytest.MonkeyPatch, mine: int, status: str, draws: int) -> None:
+    """Of experts, say. If more of sloth's turned than chance explains, they say that something is wrong."""
+    def off_with_all(true: list[Any], eager: list[Any], ours: list[Any], dtype: torch.dtype) -> dict[str, Any]:
+        found = survey_judge.judge(true, eager, ours, dtype)
+        return found | ({"status": "off"} if len(true) in (5, 25) else {})
+
+    flags = [[False] * 25, [k < mine for k in range(25)]]
+    monkeypatch.setattr(survey_child, "judge", off_with_all)
+    monkeypatch.setattr(survey_child, "turned", lambda made, true: flags.pop(0))
+    row = survey_child.measure("llama", None, "fp32", report=False)
+    assert (row["status"], row["draws"], row["turned"]) == (status, draws, {"eager": 0, "sloth": mine})
+
+
+def test_choices_are_seen_in_eager_and_in_what_is_compiled() -> None:
+    def route(scores: torch.Tensor) -> torch.Tensor:
+        weights, experts = scores.softmax(-1).topk(2, dim=-1)
+        return weights.sum() + scores[experts.argmax(-1)].sum()
+
+    torch._dynamo.reset()
+    compiled, scores = torch.compile(route, backend="sloth"), torch.randn(6, 8)
+    compiled(scores)
+    frames = torch._dynamo.utils.counters["frames"]["total"]
+    made = []
+    for run, given in ((route, scores), (compiled, scores), (compiled, scores.flip(-1))):
+        with survey_choices.Choices() as seen:
+            run(given)
+        made.append(seen.made)
+    assert [len(m) for m in made] == [2, 2, 2] and torch._dynamo.utils.counters["frames"]["total"] == frames
+    assert survey_choices.turned(made[1:], made[:1] * 2) == [False, True]
+    assert survey_choices.turned([made[0], []], [made[0], made[0]]) == [False, True]
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
