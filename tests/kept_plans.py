@@ -29,6 +29,7 @@ def kept_plans() -> Iterator[Plans]:
         yield plans
     finally:
         library._destroy()
+        torch.ops.aten.scaled_dot_product_attention.default._dispatch_cache.clear()   # where Python has looked the key up
 
 
 class _Attention(torch.autograd.Function):
