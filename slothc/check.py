@@ -28,6 +28,7 @@ TINY = {torch.float32: 1e-6, torch.float64: 1e-12, torch.bfloat16: 1e-4, torch.f
 DRAWS = 5
 FEW, MOST = 1 << 12, 60   # two right programs that round apart differ by a tenth on few values: draws go on until they are not few
 NEAR = 2.0                # times eager's error: a rounding's size. Near zeros of a divisor one element decides; other draws then judge
+SMALL = 0.125
 LARGE = 64
 TRIAL = 1 << 22           # elements of one value in a trial
 ZERO = 1e-9
@@ -146,11 +147,11 @@ def _errors(
     sums: dict[str, Distances] = {}
     dtypes: dict[str, torch.dtype] = {}
     torch.manual_seed(21 if steady else 20)
-    for positive in (True,) if steady else (False, True):                 # log, sqrt and powers have values at positive draws only
+    for kind in ("positive",) if steady else ("normal", "positive", "small"):   # log, sqrt and powers have values at positive draws only
         for number in range(MOST):
             if number >= (4 * DRAWS if steady else DRAWS) and all(s.holds(TINY[dtypes[n]]) or s.count >= FEW for n, s in sums.items()):
                 break
-            values = [draw(view, n, resize, positive) for n in inputs]
+            values = [draw(view, n, resize, kind) for n in inputs]
             if resize:
                 try:
                     eager(*values)
@@ -161,7 +162,7 @@ def _errors(
         if not dtypes.keys() - sums.keys():
             break
     for name in dtypes.keys() - sums.keys():
-        raise VerificationFailed(f"{name} could not be checked: float64 truth is not finite at any draw")
+        raise VerificationFailed(f"{name} could not be checked: it is not finite at any draw, in eager or in float64")
     return {name: (*s.errors(), TINY[dtypes[name]]) for name, s in sums.items()}
 
 
@@ -170,8 +171,11 @@ def _cuda(view: GraphView, inputs: Sequence[fx.Node]) -> list[int]:
     return sorted(found)
 
 
-def draw(view: GraphView, node: fx.Node, resize: dict[int, int] | None = None, positive: bool = False) -> Any:
-    """A random value like the node's example: normal numbers (or their sizes plus 0.1), integers (a permutation for one), fair booleans."""
+def draw(view: GraphView, node: fx.Node, resize: dict[int, int] | None = None, kind: str = "normal") -> Any:
+    """A random value like the node's example: numbers of a ``kind``, integers (a permutation for one), fair booleans.
+
+    Kinds: normal, positive (their sizes plus 0.1), small (an eighth: powers of scales that a model holds small leave fp16 otherwise).
+    """
     example = view.example(node)
     if not isinstance(example, Tensor):
         return _hint(example)
@@ -186,7 +190,8 @@ def draw(view: GraphView, node: fx.Node, resize: dict[int, int] | None = None, p
     span = sum((n - 1) * s for n, s in zip(shape, strides) if n > 0) + 1
     if example.dtype.is_floating_point or example.dtype.is_complex:
         memory = torch.randn(span, dtype=example.dtype, device=example.device)
-        memory = memory.abs() + 0.1 if positive and not example.dtype.is_complex else memory
+        memory = memory.abs() + 0.1 if kind == "positive" and not example.dtype.is_complex else memory
+        memory = memory * SMALL if kind == "small" else memory
     elif is_permutation(view, node):
         return torch.randperm(prod(shape), device=example.device).to(example.dtype).view(shape)
     else:

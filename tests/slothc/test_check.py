@@ -52,6 +52,18 @@ def test_where_eager_overflows_nothing_is_compared() -> None:
         run(overflowing, wrong=0.01)
 
 
+def of_small_numbers(x: Tensor) -> Tensor:
+    """16 squares of 200 x are beyond fp16 together at every draw of size 1, not at an eighth of that."""
+    h = x.half()
+    return h * (h * 200.0).square().sum(-1, keepdim=True)
+
+
+def test_a_function_of_small_numbers_is_checked() -> None:
+    assert all(ours < 2e-3 for ours, _ in run(of_small_numbers).values())
+    with pytest.raises(VerificationFailed, match="result 0"):
+        run(of_small_numbers, wrong=1e3)
+
+
 def test_what_has_no_value_at_any_draw_is_not_let_through() -> None:
     with pytest.raises(VerificationFailed, match="could not be checked"):
         run(never)
