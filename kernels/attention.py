@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .sdpa import sdpa
+from .sdpa import scaled_dot_product_attention
 
 BLOCK = 1 << 24  # elements compared at a time: the comparison never holds a second mask
 MASKED = -1e30  # an additive mask of this or less is exactly zero after the softmax of any row that has a finite score
@@ -85,7 +85,7 @@ def attention(
     if enable_gqa and not _fused(*_autocast(q, k, v), mask, dropout_p, causal, scale):
         n = q.shape[1] // k.shape[1]
         k, v, enable_gqa = repeat_heads(k, n), repeat_heads(v, n), False
-    return sdpa(q, k, v, mask, dropout_p, causal, scale=scale, enable_gqa=enable_gqa)
+    return scaled_dot_product_attention(q, k, v, mask, dropout_p, causal, scale=scale, enable_gqa=enable_gqa)
 
 
 def additive(steps: Steps, parts: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:

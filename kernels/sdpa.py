@@ -19,7 +19,7 @@ from .products import LOW
 DEVICES = ("cuda",)  # that have cuDNN
 
 
-def sdpa(
+def scaled_dot_product_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,

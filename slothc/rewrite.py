@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from slothc.kernels import rowwise_op
-from slothc.kernels.sdpa import sdpa
+from slothc.kernels.sdpa import scaled_dot_product_attention
 from slothc.patterns.rule import Match, Miss
 
 from . import bind
@@ -296,7 +296,7 @@ class _Splice:
         """What is left of attention keeps apart from the library's plans: what is around it may lay out gradients as eager does not."""
         for node in self.view.nodes:
             if node not in self.new and node.op == "call_function" and self.view.op(node).kind == "sdpa":
-                node.target = sdpa
+                node.target = scaled_dot_product_attention
 
     def region(self, region: Region) -> None:
         results, call = region.cone.results, rowwise_op.call(region.plan)

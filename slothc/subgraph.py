@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from slothc.kernels.sdpa import sdpa
+from slothc.kernels.sdpa import scaled_dot_product_attention
 
 from .view import GraphView
 
@@ -29,7 +29,7 @@ def extract(
         if node in wanted:
             copies[node] = graph.node_copy(node, lambda n: copies[n])
             if view.op(node).kind == "sdpa":
-                copies[node].target = sdpa
+                copies[node].target = scaled_dot_product_attention
             if resize:
                 copies[node].args = fx.map_arg(_resized(copies[node].args, resize), lambda n: n)
     graph.output(tuple(copies[r] for r in results))

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from kept_plans import Plans, kept_plans
 from processor import DEVICE
 from slothc.kernels import sdpa as module
-from slothc.kernels.sdpa import by_rows, sdpa
+from slothc.kernels.sdpa import by_rows
+from slothc.kernels.sdpa import scaled_dot_product_attention as sdpa
 
 from slothc import survey_child
 

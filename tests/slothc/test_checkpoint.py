@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 import tiny_models as tm
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from slothc.kernels.sdpa import scaled_dot_product_attention
+from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
+from slothc.checkpointing import draws
 from slothc.errors import RegionDropped
 
 
@@ -124,3 +127,17 @@ def test_a_plain_checkpoint_with_dropout_between_norms() -> None:
     kept = step(lambda v: compiled.body(v))  # the same draws without a checkpoint
     for a, b in zip(ours, kept):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.1])
+def test_attention_that_is_left_draws_as_it_did(probability: float) -> None:
+    """It runs apart from the library's plans, and its dropout is still known to whoever runs it again."""
+    def layer(q: Tensor, k: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, k, dropout_p=probability)
+
+    graph = fx.symbolic_trace(layer)
+    assert draws(graph) == (probability > 0)
+    for node in graph.graph.nodes:
+        if node.op == "call_function":
+            node.target = scaled_dot_product_attention
+    assert draws(graph) == (probability > 0)
