@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Everything that only a CUDA machine can show, in one run: the kernel tests compiled, training steps beside the peers, and
-# whether LoRA learns as in fp32. Needs python3 (or $PYTHON) with torch, triton, transformers and peft; nothing is installed or downloaded.
+# whether LoRA learns as in fp32; every architecture's contract. Needs python3 (or $PYTHON) with torch, triton, transformers and peft; nothing is installed or downloaded.
 #
 #   bench/gpu.sh [-s site.tgz] [-o OUT] [-k SECONDS] [-t SECONDS] [-l SECONDS] [part ...]
 #
 #   -s  an archive of further packages (peers, say); unpacked beside OUT and put on PYTHONPATH
 #   -o  where tables, plots and logs go (default bench/out)
 #   -k  time limit of the kernel tests (default 240), -t of each training table (600), -l of the curves (300)
-#   parts: kernels train ckpt full curve micro (default: kernels train curve); every table is printed again at the end
+#   parts: kernels train ckpt full curve micro coverage (default: kernels train curve); every table is printed again at the end
 set -uo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 out="$root/bench/out" site="" kernels_s=240 train_s=600 curve_s=300
@@ -51,7 +51,9 @@ for name in "$@"; do
     full) train llama1b-full --model llama1b --mode full --batch 4 --systems eager,inductor,liger,sloth ;;
     curve) part lora-curve "$curve_s" "${PYTHON:-python3}" "$root/bench/curve.py" --out "$out" ;;
     micro) part kernel-rates "$train_s" "${PYTHON:-python3}" -m pytest bench/kernels.py -p no:cacheprovider --benchmark-columns=median ;;
-    *) echo "unknown part $name; known: kernels train ckpt full curve micro"; exit 2 ;;
+    coverage) part coverage "$train_s" "${PYTHON:-python3}" -m slothc coverage --all --peft lora --dtype bf16 --device cuda --jobs "$(nproc)" \
+      --json "$out/coverage.json" --html "$out/coverage.html" --resume ;;
+    *) echo "unknown part $name; known: kernels train ckpt full curve micro coverage"; exit 2 ;;
   esac
 done
 for log in "${logs[@]}"; do
