@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Everything that only a CUDA machine can show, in one run: the kernel tests compiled, training steps beside the peers, and
-# whether LoRA learns as in fp32; every architecture's contract. Needs python3 (or $PYTHON) with torch, triton, transformers and peft; nothing is installed or downloaded.
+# whether LoRA learns as in fp32; if asked, every architecture's contract. Needs python3 (or $PYTHON) with torch, triton, transformers
+# and peft; nothing is installed or downloaded.
 #
 #   bench/gpu.sh [-s site.tgz] [-o OUT] [-k SECONDS] [-t SECONDS] [-l SECONDS] [part ...]
 #
@@ -14,7 +15,7 @@ out="$root/bench/out" site="" kernels_s=240 train_s=600 curve_s=300
 while getopts "s:o:k:t:l:h" option; do
   case $option in
     s) site=$OPTARG ;; o) out=$OPTARG ;; k) kernels_s=$OPTARG ;; t) train_s=$OPTARG ;; l) curve_s=$OPTARG ;;
-    *) sed -n '2,10p' "$0"; exit 2 ;;
+    *) sed -n '2,11p' "$0"; exit 2 ;;
   esac
 done
 shift $((OPTIND - 1))

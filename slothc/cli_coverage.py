@@ -170,4 +170,6 @@ def summary(rows: Sequence[Row]) -> str:
     text += "".join(f"\n  {status}: {', '.join(names)}" for status, names in sorted(wrong.items()))
     if any(r.get("truth") == "eager fp32" for r in rows):
         text += "\n  * no float64 truth: distance from eager in fp32"
+    if chosen := [r["name"] for r in rows if r["status"] == "ok" and "turned" in r]:
+        text += f"\n  not counting draws in which a choice, of experts say, is not float64's: {', '.join(chosen)}"
     return text

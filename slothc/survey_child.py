@@ -99,15 +99,15 @@ def _judged(
 
 
 def _judged_over_more(model: nn.Module, fresh: nn.Module, compiled: Callable[..., Any], dtype: torch.dtype) -> dict[str, Any]:
-    """The verdict over all draws; where they break the contract, over those in which nobody chose otherwise than the truth
-    (``survey_choices``), if no more of sloth's than of eager's did. ``turned`` says in how many somebody did."""
+    """The verdict over all draws; where they break the contract in 16 bits, over those in which nobody chose otherwise than the truth
+    (``survey_choices``), if no more of sloth's than chance explains did. ``turned`` says in how many who did."""
     draws = [inputs(model, seed) for seed in range(DRAWS + MORE)]
     made: dict[str, list[list[torch.Tensor]]] = {"eager": [], "sloth": [], "truth": []}
     eager = [step(model, model, x, seed, made["eager"]) for seed, x in enumerate(draws)]
     ours = [step(model, compiled, x, seed, made["sloth"]) for seed, x in enumerate(draws)]
     true = truth_of(fresh, draws, eager, dtype, made["truth"])[0]
     verdict = judge(true, eager, ours, dtype)
-    if verdict["status"] == "ok":
+    if verdict["status"] == "ok" or dtype == torch.float32:
         return verdict
     theirs, mine = (turned(made[who], made["truth"] or made["eager"]) for who in ("eager", "sloth"))
     kept = [k for k, (a, b) in enumerate(zip(theirs, mine)) if not a and not b]

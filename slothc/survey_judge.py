@@ -1,6 +1,6 @@
 """The numerical contract over a whole model: a step's loss and gradients, in eager and under sloth, held against float64.
 
-Truth is the same model in float64 from the same rounded parameters.
+Truth is the same model in float64 from the same rounded parameters. Where a step decides otherwise than it: ``survey_choices``.
 """
 
 from __future__ import annotations
@@ -33,10 +33,11 @@ def step(owner: nn.Module, run: Callable[..., Any], given: dict[str, Any], seed:
     """``loss`` and the gradient of every parameter of ``owner`` that gets one. ``choices`` gets what the step decided."""
     owner.zero_grad(set_to_none=True)
     torch.manual_seed(seed)
-    with contextlib.nullcontext() if choices is None else Choices() as seen:
+    seen = Choices()
+    with contextlib.nullcontext() if choices is None else seen:
         loss = run(**given).loss
         loss.backward()
-    if choices is not None and seen is not None:
+    if choices is not None:
         choices.append(seen.made)
     found = {n: p.grad.detach().clone() for n, p in owner.named_parameters() if p.grad is not None}
     owner.zero_grad(set_to_none=True)

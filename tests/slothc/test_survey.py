@@ -226,9 +226,13 @@ def test_more_draws_decide(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (row["status"], row["draws"], judged) == ("ok", 25, [(5, 5, 5), (25, 25, 25)])
 
 
-@pytest.mark.parametrize(("mine", "status", "draws"), [(0, "off", 25), (2, "ok", 23), (4, "off", 25), (25, "off", 25)])
-def test_draws_in_which_a_choice_turned_say_nothing(monkeypatch: pytest.MonkeyPatch, mine: int, status: str, draws: int) -> None:
-    """Of experts, say. If more of sloth's turned than chance explains, they say that something is wrong."""
+@pytest.mark.parametrize(("mine", "dtype", "status", "draws"), [
+    (0, "bf16", "off", 25), (2, "bf16", "ok", 23), (4, "bf16", "off", 25), (25, "bf16", "off", 25), (2, "fp32", "off", 25),
+])  # fmt: skip
+def test_draws_in_which_a_choice_turned_say_nothing(
+    monkeypatch: pytest.MonkeyPatch, mine: int, dtype: str, status: str, draws: int
+) -> None:
+    """Of experts, say, in 16 bits. If more of sloth's turned than chance explains, they say that something is wrong."""
     def off_with_all(true: list[Any], eager: list[Any], ours: list[Any], dtype: torch.dtype) -> dict[str, Any]:
         found = survey_judge.judge(true, eager, ours, dtype)
         return found | ({"status": "off"} if len(true) in (5, 25) else {})
@@ -236,8 +240,10 @@ def test_draws_in_which_a_choice_turned_say_nothing(monkeypatch: pytest.MonkeyPa
     flags = [[False] * 25, [k < mine for k in range(25)]]
     monkeypatch.setattr(survey_child, "judge", off_with_all)
     monkeypatch.setattr(survey_child, "turned", lambda made, true: flags.pop(0))
-    row = survey_child.measure("llama", None, "fp32", report=False)
-    assert (row["status"], row["draws"], row["turned"]) == (status, draws, {"eager": 0, "sloth": mine})
+    row = survey_child.measure("llama", None, dtype, report=False)
+    assert (row["status"], row["draws"]) == (status, draws)
+    assert row.get("turned") == ({"eager": 0, "sloth": mine} if dtype == "bf16" else None)
+    assert ("llama" in cli_coverage.summary([row]).partition("not counting")[2]) == (status == "ok")
 
 
 def test_choices_are_seen_in_eager_and_in_what_is_compiled() -> None:
