@@ -6,7 +6,9 @@ out in another way than the first one that came with such q, k and v is read by 
 wrong by their own size, and nobody says so. Here
 
     every gradient of the result comes as [batch, length, head, dim] in memory, which is how nearly all models make it;
-    no plan is shared with other callers: the key has the bits of dropout_p, and a probability of -0.0 is one of 0.0.
+    without dropout no plan is shared with other callers: the key has the bits of dropout_p, and a probability of -0.0 is one of 0.0.
+
+With dropout plans are shared, and right as long as the others' gradients come that way too.
 """
 
 from __future__ import annotations
